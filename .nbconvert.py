@@ -30,6 +30,10 @@ def begin(notebook):
 c.ExecutePreprocessor.on_notebook_start = begin
 c.ExecutePreprocessor.on_cell_start = announce
 c.ExecutePreprocessor.record_timing = False
+# After execution, join what one cell printed: how it was split depends on the clock.
+c.NotebookExporter.preprocessors = [
+    "nbconvert.preprocessors.CoalesceStreamsPreprocessor"
+]
 c.ClearMetadataPreprocessor.enabled = True
 c.ClearMetadataPreprocessor.clear_cell_metadata = False
 c.ClearMetadataPreprocessor.preserve_nb_metadata_mask = {
