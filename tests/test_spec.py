@@ -546,7 +546,24 @@ def test_S6_figures_are_redrawn_from_the_saved_run_byte_for_byte(executed, tmp_p
     assert not (tmp_path / "data").exists()
 
 
-def test_S6_3_and_S6_4_verdicts_follow_from_the_numbers(executed):
+@pytest.mark.parametrize(
+    ("read", "gray", "verdicts"),
+    [
+        ((84, 45, 37), (200, 77, 51), ("held in part", "did not hold", "held")),
+        ((95, 96, 97), (50, 60, 70), ("held", "held", "did not hold")),
+        ((40, 60, 50), (60, 70, 50), ("did not hold", "did not hold", "did not hold")),
+    ],
+)
+def test_S6_3_and_S6_4_verdicts_by_their_criteria(nb, read, gray, verdicts):
+    (cell,) = (c for c in read_notebook().cells if c.id == "claims")
+    numbers = zip((1, 6, 11), read, gray)
+    snapshots = {e: {"fidelity": 10 * [r], "pixel_entropy": g} for e, r, g in numbers}
+    scope = {**vars(nb), "snapshots": snapshots}
+    exec(cell.source, scope)  # noqa: S102, the notebook's own cell
+    assert tuple(verdict for _, _, verdict in scope["claims"]) == verdicts
+
+
+def test_S6_3_and_S6_4_verdicts_of_a_run_follow_from_its_numbers(executed):
     results = json.loads((executed.figures / "results.json").read_text("utf-8"))
     read = [results["fidelity"][epoch] for epoch in ("1", "6", "11")]
     gray = [results["pixel_entropy"][epoch] for epoch in ("1", "6", "11")]
