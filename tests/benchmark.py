@@ -25,8 +25,8 @@ ROUNDS = 5
 
 
 def notebook_epoch(nb, model, x, y):
-    optimizer = torch.optim.Adam(model.parameters(), lr=nb.LEARNING_RATE, fused=True)
-    nb.train(model, optimizer, x, y, nb.Record(), epochs=1, batch_size=nb.BATCH_SIZE)
+    record = nb.Record()
+    nb.train(model, nb.adam(model), x, y, record, epochs=1, batch_size=nb.BATCH_SIZE)
 
 
 def dataloader_epoch(nb, model, loader):
@@ -56,7 +56,7 @@ def matrix_products(iterations, batch_size):
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        nb = load_cells(FAITHFUL, folder)
+        nb = load_cells(FAITHFUL | {"definitions"}, folder)
     x, y = nb.load_binarized_mnist(ROOT / "data", train=True)
     images = MNIST(
         ROOT / "data", train=True, transform=Compose([ToTensor(), torch.round])

@@ -76,7 +76,6 @@ def executed(tmp_path_factory):
     run_notebook(notebook, folder)
     figures = folder / "figures"
     return SimpleNamespace(
-        folder=folder,
         digits=digits,
         notebook=notebook,
         figures=figures,
@@ -86,11 +85,9 @@ def executed(tmp_path_factory):
 
 
 def run_notebook(notebook, folder):
-    client = NotebookClient(
+    NotebookClient(
         notebook,
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
-    )
-    client.execute()
-    return client.nb
+    ).execute()

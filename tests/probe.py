@@ -44,10 +44,8 @@ def note_step(optimizer, args, kwargs):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         step = {"optimizer": type(optimizer).__name__, "settings": settings, **latest}
-        step["before"], step["grad"] = (
-            flat(parameters),
-            flat(p.grad for p in parameters),
-        )
+        step["before"] = flat(parameters)
+        step["grad"] = flat(p.grad for p in parameters)
         seen["steps"].append(step)
 
 

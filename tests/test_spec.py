@@ -20,11 +20,8 @@ from conftest import ROOT, load_cells, read_notebook, run_notebook
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
-EPOCHS, BATCH, ITERATIONS = (
-    11,
-    64,
-    5,
-)  # 300 synthetic images: 4 batches of 64, one of 44
+EPOCHS = 11
+ITERATIONS = 5  # per epoch; 300 synthetic images are 4 batches of 64 and one of 44
 
 
 def sigmoid(a):
