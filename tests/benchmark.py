@@ -14,22 +14,27 @@ import tempfile
 import time
 
 import torch
-from conftest import FAITHFUL, ROOT, load_cells
+from conftest import ROOT, load_cells
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import Compose, ToTensor
 
-ROUNDS = 5
+with tempfile.TemporaryDirectory() as folder:
+    tags = {"parameters", "data", "model", "loss", "training", "definitions"}
+    nb = load_cells(tags, folder)
+x, y = nb.load_binarized_mnist(ROOT / "data", train=True)
+images = MNIST(ROOT / "data", transform=Compose([ToTensor(), torch.round]))
+loader = DataLoader(images, batch_size=nb.BATCH_SIZE, shuffle=True)
+model = nb.CVAE()
 
 
-def notebook_epoch(nb, model, x, y):
-    record = nb.Record()
-    nb.train(model, nb.adam(model), x, y, record, epochs=1, batch_size=nb.BATCH_SIZE)
+def notebook():
+    next(nb.train(model, nb.adam(model), x, y, epochs=1, batch_size=nb.BATCH_SIZE))
 
 
-def dataloader_epoch(nb, model, loader):
+def usual():
     optimizer = torch.optim.Adam(model.parameters(), lr=nb.LEARNING_RATE)
     for images, labels in loader:
         x, y = images.view(-1, 784), F.one_hot(labels, 10).float()
@@ -41,12 +46,12 @@ def dataloader_epoch(nb, model, loader):
         optimizer.step()
 
 
-def matrix_products(iterations, batch_size):
+def products():
     layers = [(794, 256), (256, 40), (256, 40), (50, 256), (256, 784)]
     weights = [torch.randn(outputs, inputs) for inputs, outputs in layers]
-    values = [torch.randn(batch_size, inputs) for inputs, _ in layers]
-    gradients = [torch.randn(batch_size, outputs) for _, outputs in layers]
-    for _ in range(iterations):
+    values = [torch.randn(nb.BATCH_SIZE, inputs) for inputs, _ in layers]
+    gradients = [torch.randn(nb.BATCH_SIZE, outputs) for _, outputs in layers]
+    for _ in range(len(loader)):
         for i, (w, a, g) in enumerate(zip(weights, values, gradients)):
             a @ w.T  # forward
             g.T @ a  # backward, to the weights
@@ -54,33 +59,13 @@ def matrix_products(iterations, batch_size):
                 g @ w
 
 
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        nb = load_cells(FAITHFUL | {"definitions"}, folder)
-    x, y = nb.load_binarized_mnist(ROOT / "data", train=True)
-    images = MNIST(
-        ROOT / "data", train=True, transform=Compose([ToTensor(), torch.round])
-    )
-    loader = DataLoader(images, batch_size=nb.BATCH_SIZE, shuffle=True)
-    model = nb.CVAE()
-    contestants = {
-        "notebook": lambda: notebook_epoch(nb, model, x, y),
-        "DataLoader loop": lambda: dataloader_epoch(nb, model, loader),
-        "matrix products": lambda: matrix_products(len(loader), nb.BATCH_SIZE),
-    }
-    seconds = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:16} {median:6.2f} s per epoch, median of {ROUNDS}")
-    ours = medians["notebook"]
-    print(f"notebook / DataLoader loop: {ours / medians['DataLoader loop']:.2f}")
-    print(f"notebook / matrix products: {ours / medians['matrix products']:.2f}")
-
-
-if __name__ == "__main__":
-    main()
+seconds = {notebook: [], usual: [], products: []}
+for _ in range(5):
+    for epoch, times in seconds.items():
+        start = time.perf_counter()
+        epoch()
+        times.append(time.perf_counter() - start)
+ours, *yardsticks = (statistics.median(times) for times in seconds.values())
+print(f"notebook: {ours:.2f} s per epoch, median of 5")
+for name, median in zip(("DataLoader loop", "matrix products"), yardsticks):
+    print(f"notebook / {name}: {ours / median:.2f}")
