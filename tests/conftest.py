@@ -1,12 +1,10 @@
-"""Cells of the graded notebook, a run of it on synthetic digits, the grading sheet.
+"""The grading sheet, synthetic digits, one run on them, and formulas to compare with.
 
-`pytest tests --notebook PATH` grades another notebook. It offers cells tagged `parameters`,
-`data`, `model`, `loss` and, if it likes, `setup`; layers are found by their shapes.
+`pytest tests --notebook PATH` grades another notebook: the README says what it offers.
 """
 
 import contextlib
 import copy
-import importlib.util
 import json
 import struct
 import textwrap
@@ -35,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "cvae_mnist.ipynb"
 PARTS = {"S1": "12", "S2": "12", "S3": "12", "S4": "0123", "S5": "123", "S6": "1234"}
 LINES = [f"{part}.{number}" for part in PARTS for number in PARTS[part]]
-EPOCHS, ITERATIONS = 11, 5  # 300 synthetic images: 4 batches of 64 and one of 44
 
 
 def pytest_addoption(parser):
@@ -91,34 +88,18 @@ def standard_normal(values, what, limit=0.02):
 # Cells
 
 
-def read_cells(path):
+def code_cells(path):
     """The code cells: source, tags (the id is one of them), and what was saved."""
     cells = json.loads(Path(path).read_text("utf-8"))["cells"]
     for cell in cells:
         cell["source"] = "".join(cell["source"])
         cell["tags"] = {cell.get("id"), *cell["metadata"].get("tags", ())}
-    return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def load_cells(tags, folder, path=NOTEBOOK):
-    """Write the cells that carry one of the tags to a file and import it."""
-    sources = [cell["source"] for cell in read_cells(path) if tags & cell["tags"]]
-    file = Path(folder, "_".join(sorted(tags)) + ".py")
-    file.write_text("\n\n\n".join(sources), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return [c for c in cells if c["cell_type"] == "code" and c["source"].strip()]
 
 
 @pytest.fixture(scope="session")
-def notebook(request):
-    return Path(request.config.getoption("--notebook")).resolve()
-
-
-@pytest.fixture(scope="session")
-def cells(notebook):
-    return read_cells(notebook)
+def cells(request):
+    return code_cells(request.config.getoption("--notebook"))
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +117,7 @@ def write_idx(path, array):
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
-def write_digits(root, train=300, test=400):
+def write_digits(root):
     """Synthetic digits of all gray levels as extracted IDX files, where MNIST puts them.
 
     train, t10k: binarized x (N, 784) and one-hot y (N, 10).
@@ -144,7 +125,7 @@ def write_digits(root, train=300, test=400):
     digits = SimpleNamespace(root=root, raw=Path(root, "MNIST", "raw"))
     digits.raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name, count in ("train", train), ("t10k", test):
+    for name, count in ("train", 300), ("t10k", 400):
         labels = rng.permutation(np.arange(count) % 10)
         images = np.zeros((count, 28, 28))
         for image, label in zip(images, labels):
@@ -163,19 +144,7 @@ def digits(tmp_path):
     return write_digits(tmp_path / "data")
 
 
-# The reference, in double precision. w: the weights and biases of each layer by role
-
-
-def encode(w, x, y, mean=torch.sigmoid, std=torch.sigmoid):
-    """S4.1: mean and standard deviation of z."""
-    h = F.linear(torch.hstack([x, y]).double(), *w["enter"]).relu()
-    return mean(F.linear(h, *w["mean"])), std(F.linear(h, *w["std"]))
-
-
-def decode(w, z, y):
-    """S4.2: the logits of the image."""
-    h = F.linear(torch.hstack([z, y]).double(), *w["leave"]).relu()
-    return F.linear(h, *w["image"])
+# The reference, in double precision
 
 
 def cross_entropy(logits, x):
@@ -184,61 +153,41 @@ def cross_entropy(logits, x):
     return -(x * F.logsigmoid(logits) + (1 - x) * F.logsigmoid(-logits)).sum(dim=-1)
 
 
-def normal_kl(mean, std, to_mean, to_std):
-    """S5.2, nats per image: between diagonal normals."""
-    ratio = (std**2 + (mean - to_mean) ** 2) / to_std**2
-    return 0.5 * (ratio - 1 - 2 * (std / to_std).log()).sum(dim=-1)
+def normal_kl(mean, std):
+    """S5.2, nats per image: to the standard normal."""
+    return 0.5 * (std**2 + mean**2 - 1 - 2 * std.log()).sum(dim=-1)
 
 
 # Watching models, optimizers and figures at work
-
-
-def roles(layers, q):
-    """The layers of S4 by what they do, found by their shapes; the mean's head by q."""
-    heads = layers.get((256, 40), ())
-    enter, image = layers.get((794, 256)), layers.get((256, 784))
-    leave = layers.get((50, 256)) or layers.get((40, 256))
-    if len(heads) != 2 or not (enter and image and leave) or q is None:
-        pytest.skip(f"S4 asks for other layers than {list(layers)}")
-    mean = q.mean.detach().cpu().flatten()
-    heads = sorted(heads, key=lambda h: -np.corrcoef(h.output.flatten(), mean)[0, 1])
-    found = {"enter": enter[-1], "mean": heads[0], "std": heads[1]}
-    return found | {"leave": leave[-1], "image": image[-1]}
-
-
-def parameters(layer):
-    return [p.detach().cpu().double() for p in (layer.weight, layer.bias)]
 
 
 class Watch:
     """Notes what fully connected layers, optimizers and figures do.
 
     layers: (inputs, outputs) -> the last two calls of such layers, since an encoder's
-    first layer (794 inputs) was called; q: the first normal since then; drawn: inputs
-    and images of decoders since the last figure; optimizers: optimizer -> settings and
-    weights after each step, and the calls of its layers before some steps; figures.
+    first layer (794 inputs) was called; q: the first normal since then; steps:
+    optimizer -> its steps, of all but the first optimizer one; drawn: inputs and images
+    of decoders since the last figure; figures: name -> what it shows.
     """
 
     def __init__(self):
-        self.layers, self.q, self.drawn = {}, None, []
-        self.optimizers, self.figures, savefig = {}, {}, Figure.savefig
+        self.layers, self.q, self.steps = {}, None, {}
+        self.drawn, self.figures = [], {}
+
+    @contextlib.contextmanager
+    def watching(self):
+        savefig = Figure.savefig
 
         def save_noted(figure, path, *args, **kwargs):
             self.note_figure(figure, Path(path).name)
             return savefig(figure, path, *args, **kwargs)
 
-        self.patch = mock.patch.object(Figure, "savefig", save_noted)
-
-    @contextlib.contextmanager
-    def watching(self):
-        hooks = (
+        with (
+            mock.patch.object(Figure, "savefig", save_noted),
             register_module_forward_hook(self.note_forward),
             register_optimizer_step_pre_hook(self.note_step),
             register_optimizer_step_post_hook(self.note_stepped),
-        )
-        with self.patch, contextlib.ExitStack() as stack:
-            for hook in hooks:
-                stack.callback(hook.remove)
+        ):
             yield self
 
     def note_forward(self, module, args, output):
@@ -250,42 +199,56 @@ class Watch:
         shape = module.in_features, module.out_features
         if shape[0] == 794:
             self.layers, self.q = {}, None
+        if shape == (40, 256):  # a decoder without class
+            shape = 50, 256
         note = SimpleNamespace(module=module, input=args[0].detach().clone())
         note.output = output.detach().clone()
         self.layers[shape] = [*self.layers.get(shape, ()), note][-2:]
-        if shape == (256, 784) and len(output) <= 100:
-            entered = [pair for n in (50, 40) for pair in self.layers.get((n, 256), ())]
+        if shape == (256, 784) and len(output) <= 100 and (50, 256) in self.layers:
             images = note.output.sigmoid()
-            self.drawn += [(entered[-1].input, images)] if entered else []
+            self.drawn.append((self.layers[50, 256][-1].input, images))
+
+    def roles(self):
+        """The layers of S4 by what they do, found by their shapes; the mean's by q."""
+        heads = self.layers.get((256, 40), ())
+        shapes = (794, 256), (50, 256), (256, 784)
+        enter, leave, image = (self.layers.get(shape) for shape in shapes)
+        if len(heads) != 2 or not (enter and leave and image and self.q):
+            return {}
+        mean = self.q.mean.detach().flatten()
+        like_mean = lambda head: np.corrcoef(head.output.flatten(), mean)[0, 1]
+        std_head, mean_head = sorted(heads, key=like_mean)
+        notes = enter[-1], mean_head, std_head, leave[-1], image[-1]
+        roles = dict(zip(("enter", "mean", "std", "leave", "image"), notes))
+        return {} if any(note.module.bias is None for note in notes) else roles
 
     def note_step(self, optimizer, args, kwargs):
-        new = SimpleNamespace(optimizer=optimizer, settings=[], steps={}, after={})
-        record = self.optimizers.setdefault(optimizer, new)
-        t = len(record.settings)
-        record.settings += [{**g, "params": None} for g in optimizer.param_groups]
-        if len(self.optimizers) > 1 and t not in (0, ITERATIONS, 6 * ITERATIONS):
+        steps = self.steps.setdefault(optimizer, [])
+        if steps and optimizer is not next(iter(self.steps)):
             return
-        for note in (note for notes in self.layers.values() for note in notes):
-            note.before = parameters(note.module)
-            grads = note.module.weight.grad, note.module.bias.grad
-            note.grad = [None if g is None else g.double() for g in grads]
-        q = self.q and Normal(self.q.mean.detach(), self.q.stddev.detach())
-        record.steps[t] = SimpleNamespace(layers={**self.layers}, q=q)
+        step = SimpleNamespace(roles=self.roles())
+        step.before = steps[-1].after if steps else tensors(step.roles)
+        gradient = lambda p: 0 * p if p.grad is None else p.grad
+        step.gradient = tensors(step.roles, gradient)
+        steps.append(step)
 
     def note_stepped(self, optimizer, args, kwargs):
-        modules = [note.module for notes in self.layers.values() for note in notes]
-        self.optimizers[optimizer].after = {m: parameters(m) for m in modules}
+        step = self.steps[optimizer][-1]
+        if "after" not in vars(step):
+            step.after = tensors(step.roles)
 
     def note_figure(self, figure, name):
-        name = name.removeprefix(".").removesuffix(".part")
-        images = [
-            np.array(image.get_array()) for a in figure.axes for image in a.images
-        ]
-        lines = [np.asarray(line.get_ydata()) for a in figure.axes for line in a.lines]
-        self.figures[name] = SimpleNamespace(
-            images=images, lines=lines, drawn=self.drawn
-        )
+        note = SimpleNamespace(drawn=self.drawn)
+        self.figures[name.removeprefix(".").removesuffix(".part")] = note
+        note.images = [np.array(i.get_array()) for a in figure.axes for i in a.images]
+        note.lines = [np.asarray(at.get_ydata()) for a in figure.axes for at in a.lines]
         self.drawn = []
+
+
+def tensors(roles, of=lambda p: p):
+    """A copy of weight and bias of each layer in turn, or of what belongs to them."""
+    pairs = [(at.module.weight, at.module.bias) for at in roles.values()]
+    return [of(p).detach().to(torch.float64, copy=True) for pair in pairs for p in pair]
 
 
 # The run
@@ -296,16 +259,17 @@ def run_cells(cells, folder):
     InteractiveShell.clear_instance()
     config = Config({"HistoryManager": {"enabled": False}})
     shell, error = InteractiveShell.instance(config=config), None
-    with contextlib.ExitStack() as stack:
-        watch = stack.enter_context(Watch().watching())
-        stack.enter_context(contextlib.chdir(folder))
-        stack.enter_context(mpl.rc_context({"backend": "Agg"}))
-        stack.enter_context(capture_output())
+    with (
+        Watch().watching() as watch,
+        contextlib.chdir(folder),
+        mpl.rc_context({"backend": "Agg"}),
+        capture_output(),
+    ):
         for cell in cells:
             result = shell.run_cell(cell["source"])
             if "parameters" in cell["tags"]:
-                places = {"DATA_DIR": "data", "FIGURES_DIR": "figures"}
-                shell.user_ns.update(places, DEVICE="cpu")
+                here = {"DATA_DIR": "data", "FIGURES_DIR": "figures", "DEVICE": "cpu"}
+                shell.user_ns |= {k: here[k] for k in here if k in shell.user_ns}
             if not result.success:
                 error = result.error_before_exec or result.error_in_exec
                 break
@@ -318,7 +282,7 @@ def attempt(cells, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     digits = write_digits(folder / "data")
     attempt = run_cells(cells, folder)
-    attempt.digits, attempt.figures = digits, folder / "figures"
+    attempt.digits = digits
     return attempt
 
 
@@ -332,14 +296,11 @@ def executed(attempt):
 def rerun(executed, cells, name, **changes):
     """Run one cell again, other values behind some names: what it leaves and prints."""
     (source,) = (cell["source"] for cell in cells if name in cell["tags"])
-    ns, before = executed.ns, {**executed.ns}
-    ns |= {"run": {**ns["run"]}, "results": copy.deepcopy(ns["results"]), **changes}
-    try:
-        with contextlib.chdir(executed.folder), capture_output() as printed:
-            # Compiled first: exec of a text remembers an interrupt until Python exits.
-            exec(compile(source, name, "exec"), ns)  # noqa: S102, the notebook's cell
-    finally:
-        after = {**ns}
-        ns.clear()
-        ns.update(before)
-    return SimpleNamespace(printed=printed.stdout, **after)
+    ns, there = executed.ns, contextlib.chdir(executed.folder)
+    changes = {"run": {**ns["run"]}, "results": copy.deepcopy(ns["results"]), **changes}
+    with there, mock.patch.dict(ns, changes), capture_output() as printed:
+        # Compiled first: exec of a text remembers an interrupt until Python exits.
+        exec(compile(source, name, "exec"), ns)  # noqa: S102, the notebook's cell
+        left = SimpleNamespace(**ns)
+    left.printed = printed.stdout
+    return left

@@ -87,7 +87,7 @@ WORDS = {
 
 
 def sheet_of(source, folder, *files):
-    """The grading sheet of a notebook: line -> what it says."""
+    """Grade a notebook: the exit status, and line -> what the sheet says."""
     _, *parts = re.split(r"(?m)^# (\w+)\n", source)
     cells = [
         {"metadata": {"tags": [tag]}, "source": text, "execution_count": i}
@@ -101,11 +101,13 @@ def sheet_of(source, folder, *files):
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return dict(re.findall(r"(?m)^(S\d\.\d): (.*)$", done.stdout))
+    return done.returncode, dict(re.findall(r"(?m)^(S\d\.\d): (.*)$", done.stdout))
 
 
 def test_a_submission_in_another_style_is_met(tmp_path):
-    sheet = sheet_of(SUBMISSION, tmp_path, "test_model.py", "test_notebook.py")
+    files = "test_model.py", "test_notebook.py"
+    status, sheet = sheet_of(SUBMISSION, tmp_path, *files)
+    assert status == 0
     assert [sheet[line] for line in LINES[:-2]] == ["met"] * 15, sheet
     assert all(sheet[line].startswith("not graded") for line in LINES[-2:])
 
@@ -115,6 +117,6 @@ def test_usual_mistakes_are_said_in_words(tmp_path):
     for right, wrong in MISTAKES.items():
         assert right in source
         source = source.replace(right, wrong)
-    sheet = sheet_of(source, tmp_path, "test_model.py")
+    _, sheet = sheet_of(source, tmp_path, "test_model.py")
     assert {k for k, v in sheet.items() if v.startswith("NOT MET")} == {*WORDS}, sheet
     assert all(words in sheet[line] for line, words in WORDS.items()), sheet
