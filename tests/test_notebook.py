@@ -541,3 +541,10 @@ def test_an_interrupted_training_keeps_the_epochs_completed(executed, cells, ns)
     assert [len(losses) for losses in run["losses"]] == [5, 5] and len(run["test"]) == 2
     assert [*run["weights"]] == [1]
     assert all(map(torch.equal, run["losses"], ns["run"]["losses"]))
+
+
+def test_a_data_set_averages_over_its_examples(ns):
+    terms = iter([(float(n), 2.0 * n) for n in (3, 3, 1)])
+    fake = lambda model, x, y: tuple(torch.tensor(v) for v in next(terms))
+    total = 7 * ns["evaluate"](None, torch.zeros(7, 784), torch.zeros(7, 10), fake, 3)
+    assert total.tolist() == approx([3 * 3 + 3 * 3 + 1, 2 * 19])
