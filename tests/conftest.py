@@ -6,8 +6,8 @@
 import contextlib
 import copy
 import json
-import struct
 import textwrap
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,10 +23,7 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import optimizer as optim
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,17 +72,12 @@ def same(found, expected, what, rel=1e-4):
     check(near, f"{what} is {found:.5g}, expected {expected:.5g}")
 
 
-def standard_normal(values, what, limit=0.02):
-    """Many independent values: their mean, spread, quartiles and tails."""
-    found = {"mean": (values.mean(), 0), "standard deviation": (values.std(), 1)}
-    for share, expected in (0.025, -1.96), (0.25, -0.674), (0.75, 0.674):
-        found[f"{share:.1%} quantile"] = np.quantile(values, share), expected
-    for name, (value, expected) in found.items():
-        near = abs(value - expected) < limit * (3 if "quantile" in name else 1)
-        check(near, f"{name} of {what} is {value:.3f}, expected {expected}")
-
-
-# Cells
+def standard_normal(values, what, limit=0.06):
+    """Many independent values, by their quartiles and tails."""
+    shares = torch.tensor([0.025, 0.25, 0.5, 0.75, 0.975])
+    found, expected = np.quantile(values, shares), Normal(0, 1).icdf(shares).numpy()
+    sentence = f"quantiles of {what}: {found.round(2)}, expected {expected.round(2)}"
+    check(np.abs(found - expected).max() < limit, sentence)
 
 
 def code_cells(path):
@@ -109,14 +101,6 @@ def own(cells):
         pytest.skip("the notebook writes no results.json, the mark of sections 7 to 9")
 
 
-# Synthetic digits
-
-
-def write_idx(path, array):
-    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 def write_digits(root):
     """Synthetic digits of all gray levels as extracted IDX files, where MNIST puts them.
 
@@ -132,19 +116,13 @@ def write_digits(root):
             image[2 * label : 2 * label + 3] = 255  # a bar that tells the class,
             top, left = rng.integers(0, 18, 2)  # a gray patch that does not
             image[top : top + 10, left : left + 10] = rng.integers(0, 256, (10, 10))
-        write_idx(digits.raw / f"{name}-images-idx3-ubyte", images)
-        write_idx(digits.raw / f"{name}-labels-idx1-ubyte", labels)
+        for kind, array in ("images", images), ("labels", labels):
+            sizes = np.array([2048 + array.ndim, *array.shape], ">i4").tobytes()
+            path = digits.raw / f"{name}-{kind}-idx{array.ndim}-ubyte"
+            path.write_bytes(sizes + array.astype(np.uint8).tobytes())
         x = torch.tensor(images.reshape(-1, 784) > 127.5).float()
         setattr(digits, name, (x, torch.eye(10)[labels]))
     return digits
-
-
-@pytest.fixture
-def digits(tmp_path):
-    return write_digits(tmp_path / "data")
-
-
-# The reference, in double precision
 
 
 def cross_entropy(logits, x):
@@ -158,21 +136,17 @@ def normal_kl(mean, std):
     return 0.5 * (std**2 + mean**2 - 1 - 2 * std.log()).sum(dim=-1)
 
 
-# Watching models, optimizers and figures at work
-
-
 class Watch:
-    """Notes what fully connected layers, optimizers and figures do.
+    """Notes what fully connected layers, the first optimizer and figures do.
 
-    layers: (inputs, outputs) -> the last two calls of such layers, since an encoder's
-    first layer (794 inputs) was called; q: the first normal since then; steps:
-    optimizer -> its steps, of all but the first optimizer one; drawn: inputs and images
-    of decoders since the last figure; figures: name -> what it shows.
+    calls: the last eight of such layers: layer, shape (inputs, outputs), given, output;
+    steps: of the optimizer: calls before it, and by parameter before, gradient, after;
+    drawn: calls of decoders since the last figure; figures: name -> what it shows.
     """
 
     def __init__(self):
-        self.layers, self.q, self.steps = {}, None, {}
-        self.drawn, self.figures = [], {}
+        self.calls, self.drawn, self.figures = deque(maxlen=8), [], {}
+        self.optimizer, self.steps = None, []
 
     @contextlib.contextmanager
     def watching(self):
@@ -185,57 +159,32 @@ class Watch:
         with (
             mock.patch.object(Figure, "savefig", save_noted),
             register_module_forward_hook(self.note_forward),
-            register_optimizer_step_pre_hook(self.note_step),
-            register_optimizer_step_post_hook(self.note_stepped),
+            optim.register_optimizer_step_pre_hook(self.note_step),
+            optim.register_optimizer_step_post_hook(self.note_stepped),
         ):
             yield self
 
-    def note_forward(self, module, args, output):
-        found = output[1] if isinstance(output, tuple) else output
-        if isinstance(found, Normal):
-            self.q = self.q or found
-        if not isinstance(module, nn.Linear):
-            return
-        shape = module.in_features, module.out_features
-        if shape[0] == 794:
-            self.layers, self.q = {}, None
-        if shape == (40, 256):  # a decoder without class
-            shape = 50, 256
-        note = SimpleNamespace(module=module, input=args[0].detach().clone())
-        note.output = output.detach().clone()
-        self.layers[shape] = [*self.layers.get(shape, ()), note][-2:]
-        if shape == (256, 784) and len(output) <= 100 and (50, 256) in self.layers:
-            images = note.output.sigmoid()
-            self.drawn.append((self.layers[50, 256][-1].input, images))
-
-    def roles(self):
-        """The layers of S4 by what they do, found by their shapes; the mean's by q."""
-        heads = self.layers.get((256, 40), ())
-        shapes = (794, 256), (50, 256), (256, 784)
-        enter, leave, image = (self.layers.get(shape) for shape in shapes)
-        if len(heads) != 2 or not (enter and leave and image and self.q):
-            return {}
-        mean = self.q.mean.detach().flatten()
-        like_mean = lambda head: np.corrcoef(head.output.flatten(), mean)[0, 1]
-        std_head, mean_head = sorted(heads, key=like_mean)
-        notes = enter[-1], mean_head, std_head, leave[-1], image[-1]
-        roles = dict(zip(("enter", "mean", "std", "leave", "image"), notes))
-        return {} if any(note.module.bias is None for note in notes) else roles
+    def note_forward(self, layer, args, output):
+        if isinstance(layer, nn.Linear):
+            call = SimpleNamespace(layer=layer, given=args[0], output=output)
+            call.shape = layer.in_features, layer.out_features
+            for tensor in (t for t in (call.given, output) if t.requires_grad):
+                tensor.retain_grad()
+            self.calls.append(call)
+            if call.shape == (256, 784) and len(output) <= 100:
+                call.checksum = checksum(layer.weight)
+                self.drawn.append((self.calls[-2].given, call))
 
     def note_step(self, optimizer, args, kwargs):
-        steps = self.steps.setdefault(optimizer, [])
-        if steps and optimizer is not next(iter(self.steps)):
-            return
-        step = SimpleNamespace(roles=self.roles())
-        step.before = steps[-1].after if steps else tensors(step.roles)
-        gradient = lambda p: 0 * p if p.grad is None else p.grad
-        step.gradient = tensors(step.roles, gradient)
-        steps.append(step)
+        self.optimizer = self.optimizer or optimizer
+        if optimizer is self.optimizer:
+            step = SimpleNamespace(calls=[*self.calls][-5:], before=copies(optimizer))
+            step.gradient = copies(optimizer, grad)
+            self.steps.append(step)
 
     def note_stepped(self, optimizer, args, kwargs):
-        step = self.steps[optimizer][-1]
-        if "after" not in vars(step):
-            step.after = tensors(step.roles)
+        if optimizer is self.optimizer:
+            self.steps[-1].after = copies(optimizer)
 
     def note_figure(self, figure, name):
         note = SimpleNamespace(drawn=self.drawn)
@@ -245,35 +194,42 @@ class Watch:
         self.drawn = []
 
 
-def tensors(roles, of=lambda p: p):
-    """A copy of weight and bias of each layer in turn, or of what belongs to them."""
-    pairs = [(at.module.weight, at.module.bias) for at in roles.values()]
-    return [of(p).detach().to(torch.float64, copy=True) for pair in pairs for p in pair]
+def copies(optimizer, of=lambda p: p):
+    """Parameter -> a copy of it, or of what belongs to it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {p: of(p).detach().clone() for p in parameters}
 
 
-# The run
+def grad(tensor):
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def checksum(weights):
+    return weights.detach().double().sum().item()
 
 
 def run_cells(cells, folder):
-    """Run cells in a fresh shell of this process: its namespace, notes and error."""
+    """Run cells in a fresh shell of this process: namespace, notes, outputs, error."""
     InteractiveShell.clear_instance()
     config = Config({"HistoryManager": {"enabled": False}})
-    shell, error = InteractiveShell.instance(config=config), None
+    shell, ran = InteractiveShell.instance(config=config), SimpleNamespace(error=None)
+    ran.ns, ran.folder, ran.shown = shell.user_ns, folder, []
     with (
-        Watch().watching() as watch,
+        Watch().watching() as ran.watch,
         contextlib.chdir(folder),
         mpl.rc_context({"backend": "Agg"}),
-        capture_output(),
     ):
         for cell in cells:
-            result = shell.run_cell(cell["source"])
+            with capture_output() as shown:
+                result = shell.run_cell(cell["source"])
+            ran.shown.append(shown)
             if "parameters" in cell["tags"]:
                 here = {"DATA_DIR": "data", "FIGURES_DIR": "figures", "DEVICE": "cpu"}
-                shell.user_ns |= {k: here[k] for k in here if k in shell.user_ns}
-            if not result.success:
-                error = result.error_before_exec or result.error_in_exec
+                ran.ns |= {k: here[k] for k in here if k in ran.ns}
+            ran.error = result.error_before_exec or result.error_in_exec
+            if ran.error:
                 break
-    return SimpleNamespace(ns=shell.user_ns, watch=watch, error=error, folder=folder)
+    return ran
 
 
 @pytest.fixture(scope="session")
@@ -293,14 +249,17 @@ def executed(attempt):
     return attempt
 
 
-def rerun(executed, cells, name, **changes):
-    """Run one cell again, other values behind some names: what it leaves and prints."""
-    (source,) = (cell["source"] for cell in cells if name in cell["tags"])
-    ns, there = executed.ns, contextlib.chdir(executed.folder)
-    changes = {"run": {**ns["run"]}, "results": copy.deepcopy(ns["results"]), **changes}
-    with there, mock.patch.dict(ns, changes), capture_output() as printed:
-        # Compiled first: exec of a text remembers an interrupt until Python exits.
-        exec(compile(source, name, "exec"), ns)  # noqa: S102, the notebook's cell
-        left = SimpleNamespace(**ns)
-    left.printed = printed.stdout
-    return left
+@pytest.fixture
+def rerun(executed, cells, own):
+    """Run one cell again, other values behind some names: what it leaves behind."""
+
+    def rerun(name, **changes):
+        (source,) = (cell["source"] for cell in cells if name in cell["tags"])
+        ns, there = executed.ns, contextlib.chdir(executed.folder)
+        values = {"run": {**ns["run"]}, "results": copy.deepcopy(ns["results"])}
+        with there, mock.patch.dict(ns, values | changes), capture_output():
+            # Compiled first: exec of a text remembers an interrupt until Python exits.
+            exec(compile(source, name, "exec"), ns)  # noqa: S102, the notebook's cell
+            return SimpleNamespace(**ns)
+
+    return rerun
