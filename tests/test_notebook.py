@@ -13,7 +13,6 @@ import re
 import shutil
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -23,14 +22,12 @@ import torch
 from conftest import (
     ROOT,
     check,
-    checksum,
     cross_entropy,
     grad,
     normal_kl,
     run_cells,
     standard_normal,
 )
-from torch.nn.utils import parameters_to_vector
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 FIGURES = ROOT / "figures"  # of the committed run
@@ -53,13 +50,14 @@ def steps(executed):
     shapes = [(794, 256), (256, 40), (256, 40), (50, 256), (256, 784)]
     steps = executed.watch.steps
     if not steps or any([c.shape for c in step.calls] != shapes for step in steps):
-        pytest.skip("no optimizer of PyTorch trains the layers that S4 asks for")
+        pytest.skip("the first optimizer does not train S4's layers as nn.Linear")
     for step in steps:
         step.xy, step.zy = step.calls[0].given, step.calls[3].given
-        step.outputs = [step.calls[i].output for i in (1, 2, 4)]  # heads and image
-    if gradient_error(steps[0]) > 2e-3:  # perhaps the mean's head is the second
-        for step in steps:
-            step.outputs = [step.outputs[i] for i in (1, 0, 2)]
+    mean, std = (steps[-1].calls[i].output.sigmoid() for i in (1, 2))
+    noise = (steps[-1].zy[:, :40] - mean) / std
+    heads = (1, 2) if noise.std() < 2 else (2, 1)  # the mean's first
+    for step in steps:
+        step.outputs = [step.calls[i].output for i in (*heads, 4)]
     return steps
 
 
@@ -75,13 +73,17 @@ def terms(step):
 
 
 def gradient_error(step):
-    """How far a step's gradients are from the negative bound's, as a share of them."""
+    """How far one of a step's gradients is from the negative bound's, as a share."""
     pairs = [*zip(map(grad, step.outputs), terms(step)[2])]
     for call in step.calls:
         expected = grad(call.output).T @ call.given, grad(call.output).sum(dim=0)
         pairs += zip(map(step.gradient.get, call.layer.parameters()), expected)
-    found, expected = map(parameters_to_vector, zip(*pairs))
-    return ((found - expected).norm() / expected.norm()).item()
+    enter, *heads, leave, image = step.calls
+    back = lambda call: grad(call.output) @ step.before[call.layer.weight]
+    pairs.append((grad(enter.output), sum(map(back, heads)) * (enter.output > 0)))
+    pairs.append((grad(leave.output), back(image) * (leave.output > 0)))
+    pairs.append((grad(step.zy), back(leave)))
+    return max(((f - e).norm() / (e.norm() + 1e-12)).item() for f, e in pairs)
 
 
 def test_S1_1_every_step_follows_the_gradient_of_the_negative_bound(steps):
@@ -94,14 +96,12 @@ def test_S5_3_every_step_is_one_of_adam(steps):
     parameters = [p.clone() for p in steps[0].before.values()]
     adam = torch.optim.Adam(parameters, lr=0.001)
     for t, step in enumerate(steps, start=1):
-        for p, q in zip(parameters, step.before):
-            p.copy_(step.before[q])
-            p.grad = step.gradient[q]
+        for p, gradient in zip(parameters, step.gradient.values()):
+            p.grad = gradient
         adam.step()
-        off = max(
-            (p - step.after[q]).abs().max() for p, q in zip(parameters, step.after)
-        )
-        check(off < 1e-7, f"step {t} moves a weight {off:.2g} away from Adam's")
+        pairs = zip(parameters, step.after.values())
+        off = max((p - after).abs().max() for p, after in pairs)
+        check(off < 1e-6, f"step {t} moves a weight {off:.2g} away from Adam's")
 
 
 def test_S5_3_11_epochs_of_all_images_in_batches_of_64(executed, steps):
@@ -131,7 +131,9 @@ def test_S6_1_figure_1_shows_the_losses_of_every_iteration(executed, steps):
 def shows(figure, image):
     """Whether a figure shows an image (784)."""
     image = image.reshape(28, 28).numpy()
-    for sheet in (sheet for sheet in figure.images if min(sheet.shape[:2]) >= 28):
+    for sheet in figure.images:
+        if min(sheet.shape[:2]) < 28:
+            continue
         sheet = sheet[..., 0] if sheet.ndim == 3 else sheet
         tiles = np.lib.stride_tricks.sliding_window_view(sheet, (28, 28))
         near = tiles[np.abs(tiles[:, :, 14, 14] - image[14, 14]) < 1e-5]
@@ -144,18 +146,18 @@ def shows(figure, image):
 def test_S6_2_figures_2_to_4_show_ten_samples_of_each_digit(executed, steps, epoch):
     name = f"samples_epoch_{epoch:02d}.png"
     figure = executed.watch.figures.get(name)
-    check(figure, f"the run saves no {name}")
+    check(figure, f"the run saves no Matplotlib figure {name}")
     after = steps[len(steps) * epoch // EPOCHS - 1].after
     drawn = {}  # z and class -> image, of decoders with the weights after the epoch
-    for zy, call in figure.drawn:
-        if call.checksum in [checksum(p) for p in after.values()]:
-            drawn |= zip(map(tuple, zy.tolist()), call.output.detach().sigmoid())
+    for zy, images, weights in figure.drawn:
+        if weights in [p.sum().item() for p in after.values()]:
+            drawn |= zip(map(tuple, zy.tolist()), images)
     check(drawn, f"{name} is not drawn with the weights after epoch {epoch}")
     found = np.array([zy for zy, image in drawn.items() if shows(figure, image)])
     for digit in range(10):
         n = sum(zy[40 + digit] for zy in found)
         check(n == 10, f"{name} shows {n:g} samples of {digit}, expected 10")
-    standard_normal(found[:, :40], "z of the samples", 0.18)
+    standard_normal(np.unique(found[:, :40], axis=0).flatten(), "z of the samples")
 
 
 def leaves(value, path):
@@ -164,7 +166,7 @@ def leaves(value, path):
         isinstance(value, list) and all(isinstance(v, float) for v in value)
     ):
         flat = torch.as_tensor(value).double().flatten()
-        value = (flat @ (1 + torch.arange(len(flat)).double().cos())).item()
+        value = (flat @ (2 + torch.arange(len(flat)).double().cos())).item()
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in pairs:
@@ -187,8 +189,8 @@ def test_a_run_leaves_what_is_expected(executed, own):
     assert [*found] == [*expected]
     for path, value in expected.items():
         if isinstance(value, float):  # an image read otherwise moves some %
-            images = re.search("fidelity|accuracy|styles/", path)
-            limit = 2 if "usefulness" in path else 0.5 if images else 1e-3
+            limits = {"usefulness": 2, "fidelity|accuracy|styles/": 0.5, "": 1e-3}
+            limit = next(limits[name] for name in limits if re.search(name, path))
             value = pytest.approx(value, rel=1e-3, abs=limit)
         assert found[path] == value, path
 
@@ -235,10 +237,8 @@ def test_S6_3_S6_4_verdicts_by_their_criteria(ns, read, entropy, expected):
 )
 def test_claims_by_their_limits(ns, rerun, cell, i, path, held, not_held):
     results = {**copy.deepcopy(ns["results"]), "claims": []}
-    bounds, useful = (
-        (100, 110, 80, 95, 75, 70, 99, 98),
-        (40, 30, 60, 45, 70, 80, 41, 42),
-    )
+    bounds = 100, 110, 80, 95, 75, 70, 99, 98
+    useful = 40, 30, 60, 45, 70, 80, 41, 42
     for row, bound, share in zip(results["ablation"], bounds, useful):
         row |= {"kl": 1, "bound": bound, "usefulness": share}
     for value, verdict in (held, "held"), (not_held, "did not hold"):
@@ -247,18 +247,23 @@ def test_claims_by_their_limits(ns, rerun, cell, i, path, held, not_held):
         assert left.results["claims"][i]["verdict"] == verdict
 
 
+def words_of(data):
+    """What an output shows but for its picture: a table, alternative text."""
+    shown = data.get("text/markdown") or data["text/html"]
+    return re.sub('base64,[^"]*', "", "".join(shown))
+
+
 def test_saved_figures_and_tables_are_those_of_the_saved_run(cells, own, tmp_path):
     redrawn = tmp_path / "figures"
     shutil.copytree(FIGURES, redrawn, ignore=shutil.ignore_patterns("*.png"))
     quick = [cell for cell in cells if "work" not in cell["tags"]]
-    again = run_cells(quick, tmp_path)
-    assert not again.error and not (tmp_path / "data").exists()
-    for cell, shown in zip(quick, again.shown):
+    ran = run_cells(quick, tmp_path)
+    assert not ran.error and not (tmp_path / "data").exists()
+    for cell, again in zip(quick, ran.shown):
         texts = "".join("".join(o.get("text", ())) for o in cell["outputs"])
-        datas = (o["data"] for o in cell["outputs"] if "data" in o)
-        tables = ["".join(data.get("text/markdown", ())) for data in datas]
-        again = [output.data.get("text/markdown", "") for output in shown.outputs]
-        assert (shown.stdout, again) == (texts, tables), cell["id"]
+        saved = [words_of(o["data"]) for o in cell["outputs"] if "data" in o]
+        found = [words_of(output.data) for output in again.outputs]
+        assert (again.stdout, found) == (texts, saved), cell["id"]
     names = {path.name for path in redrawn.glob("*.png")}
     assert names == {path.name for path in FIGURES.glob("*.png")}
     for name in names:
@@ -271,16 +276,12 @@ def test_saved_figures_and_tables_are_those_of_the_saved_run(cells, own, tmp_pat
         assert "application/vnd.jupyter.widget-view+json" not in data
         if "image/png" in data:
             assert base64.b64decode("".join(data["image/png"])) in pictures
-            assert re.search(r'alt="[^"]{30,}"', "".join(data["text/html"]))
 
 
 def test_seeds_of_other_parameters_say_nothing(ns, rerun, tmp_path):
-    for epochs in 11, 12:
-        parameters = ns["results"]["parameters"] | {"epochs": epochs, "seed": 1}
-        runs = [{"parameters": parameters}, ns["results"]]
-        (tmp_path / "seeds.json").write_text(json.dumps(runs), "utf-8")
-        seeds = rerun("seeds", FIGURES_DIR=tmp_path).seeds
-        assert seeds == (runs[:1] if epochs == 11 else [])
+    other = {"parameters": ns["results"]["parameters"] | {"epochs": 12, "seed": 1}}
+    (tmp_path / "seeds.json").write_text(json.dumps([other]), "utf-8")
+    assert rerun("seeds", FIGURES_DIR=tmp_path).seeds == []
 
 
 def test_files_get_their_names_when_they_are_whole(ns, rerun, tmp_path):
@@ -290,11 +291,12 @@ def test_files_get_their_names_when_they_are_whole(ns, rerun, tmp_path):
 
     with mock.patch.dict(ns, FIGURES_DIR=tmp_path), pytest.raises(KeyboardInterrupt):
         ns["write_whole"]("name", write_half)
-    assert not Path(tmp_path, "name").exists()
+    assert not (tmp_path / "name").exists()
     write_whole = mock.Mock(wraps=ns["write_whole"])
+    rerun("digits-figure", write_whole=write_whole)
     rerun("saving", write_whole=write_whole)
     names = [call.args[0] for call in write_whole.call_args_list]
-    assert names == ["run.pt", "results.json"]
+    assert names == ["digits.png", "run.pt", "results.json"]
 
 
 def test_a_snapshot_that_will_not_come_is_refused(rerun):
@@ -328,10 +330,3 @@ def test_an_interrupted_training_keeps_the_epochs_completed(ns, rerun):
     assert [len(losses) for losses in run["losses"]] == [5, 5] and len(run["test"]) == 2
     assert [*run["weights"]] == [1]
     assert all(map(torch.equal, run["losses"], ns["run"]["losses"]))
-
-
-def test_a_data_set_averages_over_its_examples(ns):
-    terms = iter([(float(n), 2.0 * n) for n in (3, 3, 1)])
-    fake = lambda model, x, y: tuple(torch.tensor(v) for v in next(terms))
-    total = 7 * ns["evaluate"](None, torch.zeros(7, 784), torch.zeros(7, 10), fake, 3)
-    assert total.tolist() == pytest.approx([3 * 3 + 3 * 3 + 1, 2 * 19])
