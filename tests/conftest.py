@@ -30,14 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "cvae_mnist.ipynb"
 PARTS = {"S1": "12", "S2": "12", "S3": "12", "S4": "0123", "S5": "123", "S6": "1234"}
 LINES = [f"{part}.{number}" for part in PARTS for number in PARTS[part]]
+torch.set_num_threads(1)  # threads of small products only wait for each other
 
 
 def pytest_addoption(parser):
     parser.addoption("--notebook", default=NOTEBOOK, help="the notebook to grade")
-
-
-def pytest_configure():
-    torch.set_num_threads(1)  # threads of small products only wait for each other
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -244,7 +244,7 @@ def test_S4_3_z_is_drawn_with_the_reparameterization_trick(whole, nb):
     check(reached, "no gradient of the image reaches some weights, through z or else")
 
 
-def test_labels_and_tensors_that_do_not_fit_are_refused(nb, own):
+def test_wrong_input_is_refused_and_the_loss_stays_finite(nb, own):
     model, (x, y) = nb.CVAE(), a_batch()
     for labels in [10], [-1], [[1, 2]], [1.0], [True], [1j]:
         error = ValueError if labels in ([10], [-1], [[1, 2]]) else TypeError
@@ -255,6 +255,7 @@ def test_labels_and_tensors_that_do_not_fit_are_refused(nb, own):
             model(*pair)
     with pytest.raises(ValueError, match="expected"):
         model.decoder(torch.zeros(6, 39), y)
+    assert nb.cross_entropy(1 - x, x).isfinite().all()
 
 
 @pytest.fixture
