@@ -13,25 +13,18 @@ import re
 import shutil
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    check,
-    cross_entropy,
-    grad,
-    normal_kl,
-    run_cells,
-    standard_normal,
-)
+from conftest import check, cross_entropy, grad, normal_kl, run_cells, standard_normal
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-FIGURES = ROOT / "figures"  # of the committed run
-EPOCHS, ITERATIONS, STEPS = 11, 5, 55  # 300 images: 4 batches of 64 and one of 44
+FIGURES = Path(__file__).parent.parent / "figures"  # of the committed run
+EPOCHS, STEPS = 11, 55  # 300 synthetic images: 4 batches of 64 and one of 44
 
 
 def test_S2_2_cells_run_from_top_to_bottom(attempt, cells):
@@ -180,7 +173,7 @@ def test_a_run_leaves_what_is_expected(executed, own):
     results = json.loads((figures / "results.json").read_text("utf-8"))
     run = torch.load(figures / "run.pt", weights_only=True)
     found = dict([*leaves(results, "results"), *leaves(run, "run")])
-    file = ROOT / "tests" / "expected.json"
+    file = Path(__file__).with_name("expected.json")
     if not file.exists():
         file.write_text(json.dumps(found, indent=0, ensure_ascii=False), "utf-8")
         pytest.fail(f"there was no {file.name}: it is made anew, compare it")
@@ -316,16 +309,23 @@ def test_a_loss_that_is_not_finite_names_epoch_and_iteration(ns):
         [*ns["train"](model, ns["adam"](model), *data, 3, 64, loss)]
 
 
-def test_an_interrupted_training_keeps_the_epochs_completed(ns, rerun):
+@pytest.mark.parametrize(
+    ("constants", "iterations"),
+    [({}, 5), ({"SEED": 1}, 5), ({"LATENT": 9, "HIDDEN": 20, "BATCH_SIZE": 100}, 3)],
+)
+def test_an_interrupted_training_keeps_its_epochs(ns, rerun, constants, iterations):
     steps = iter(range(100))
 
     def interrupt(optimizer, args, kwargs):
-        if next(steps) == 2 * ITERATIONS + 1:
+        if next(steps) == 2 * iterations + 1:
             raise KeyboardInterrupt
 
     run, hook = {}, register_optimizer_step_pre_hook(interrupt)
     with hook, pytest.raises(KeyboardInterrupt):
-        rerun("training-run", run=run)
-    assert [len(losses) for losses in run["losses"]] == [5, 5] and len(run["test"]) == 2
-    assert [*run["weights"]] == [1]
-    assert all(map(torch.equal, run["losses"], ns["run"]["losses"]))
+        rerun("training-run", run=run, **constants)
+    assert [len(losses) for losses in run["losses"]] == 2 * [iterations]
+    assert len(run["test"]) == 2 and [*run["weights"]] == [1]
+    head = run["weights"][1]["encoder.mean.0.weight"]
+    assert head.shape == (constants.get("LATENT", 40), constants.get("HIDDEN", 256))
+    as_before = all(map(torch.equal, run["losses"], ns["run"]["losses"]))
+    assert as_before == (not constants)
