@@ -1,8 +1,6 @@
 """Run the notebook with four other seeds; collect all results in figures/seeds.json.
 
-    .venv/bin/python tests/seeds.py
-
-The first of the five is the committed run, figures/results.json.
+Usage: .venv/bin/python tests/seeds.py
 """
 
 import json

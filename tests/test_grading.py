@@ -41,9 +41,7 @@ def sheet_of(path, *files):
     """Grade a notebook: the exit status, and line -> what the sheet says."""
     command = [sys.executable, "-m", "pytest", "-k", "test_S", "--notebook", path]
     command += [ROOT / "tests" / file for file in files]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, dict(re.findall(r"(?m)^(S\d\.\d): (.*)$", done.stdout))
 
 

@@ -43,12 +43,11 @@ def steps(executed):
     steps = executed.watch.steps
     if not steps or any([c.shape for c in step.calls] != shapes for step in steps):
         pytest.skip("the first optimizer does not train S4's layers as nn.Linear")
-    for step in steps:
-        step.xy, step.zy = step.calls[0].given, step.calls[3].given
-    mean, std = (steps[-1].calls[i].output.sigmoid() for i in (1, 2))
-    noise = (steps[-1].zy[:, :40] - mean) / std
+    mean, std = (call.output.sigmoid() for call in steps[-1].calls[1:3])
+    noise = (steps[-1].calls[3].given[:, :40] - mean) / std
     heads = (1, 2) if noise.std() < 2 else (2, 1)  # the mean's first
     for step in steps:
+        step.xy, step.zy = step.calls[0].given, step.calls[3].given
         step.outputs = [step.calls[i].output for i in (*heads, 4)]
     return steps
 
@@ -102,7 +101,6 @@ def test_S5_3_11_epochs_of_all_images_in_batches_of_64(executed, steps):
     sizes = [len(batch) for batch in batches]
     check(len(steps) == STEPS, f"{len(steps)} steps, expected {STEPS} for 300 images")
     check(max(sizes) == 64, f"the largest batch has {max(sizes)} images, expected 64")
-    check(sum(sizes) == 3300, f"11 epochs show {sum(sizes)} images, expected 3300")
     expected = sorted(torch.hstack(executed.digits.train).tolist())
     epochs = [epoch.tolist() for epoch in torch.cat(batches).split(300)]
     for i, epoch in enumerate(epochs):
@@ -181,9 +179,9 @@ def test_a_run_leaves_what_is_expected(executed, own):
     assert [*found] == [*expected]
     for path, value in expected.items():
         if isinstance(value, float):  # an image read otherwise moves some %
-            limits = {"usefulness": 2, "fidelity|accuracy|styles/": 0.5, "": 1e-3}
+            limits = {"usefulness": 2, "fidelity|accuracy|styles/": 0.5, "": 1e-4}
             limit = next(limits[name] for name in limits if re.search(name, path))
-            value = pytest.approx(value, rel=1e-3, abs=limit)
+            value = pytest.approx(value, rel=2e-4, abs=limit)
         assert found[path] == value, path
 
 
@@ -237,6 +235,15 @@ def test_claims_by_their_limits(ns, rerun, cell, i, path, held, not_held):
         reduce(getitem, path[:-1], results)[path[-1]] = value
         left = rerun(cell, results=results)
         assert left.results["claims"][i]["verdict"] == verdict
+
+
+def test_styles_are_redrawn_as_another_digit(ns, rerun):
+    redraw = mock.Mock(wraps=ns["redraw"])
+    rerun("styles-work", redraw=redraw)
+    model, x, y, asked = redraw.call_args_list[0].args
+    assert {*((asked - y.argmax(dim=1)) % 10).tolist()} == {*range(1, 10)}
+    expected = model.decoder(model.encoder(x, y).mean, torch.eye(10)[asked])
+    assert torch.equal(ns["redraw"](model, x, y, asked), expected)
 
 
 def words_of(data):
