@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from grade import LINES, grade
@@ -162,12 +163,17 @@ def test_a_conforming_variant_is_met(tmp_path, changes):
         ("import torch\n", "import pandas, torch\n", "pandas is not installed"),
         ("mnist =", "open('/home/me/digits')\nmnist =", "own is not here"),
         ("torch.randperm(len(x))", "torch.randperm(60000)", "written in"),
-        ("adam.step()", "while True: pass", "stopped after 3 seconds"),
+        ("adam.step()", "while True: pass", "stopped after 8 seconds"),
         ("adam.step()", "open('/left', 'w')", "no writing outside"),
     ],
 )
 def test_what_cannot_run_here_is_not_called_wrong(tmp_path, old, new, words):
-    what, sheet = grade(notebook(tmp_path, old, new), timeout=3)
+    what, sheet = grade(notebook(tmp_path, old, new), timeout=8)
     assert "stopped in cell" in what and words in sheet["S2.2"]
     assert len(said(sheet, "cannot tell")) > 4
     assert set(said(sheet, "NOT MET")) <= {"S2.1"}, sheet
+
+
+def test_the_notebook_of_this_project_is_met():
+    _, sheet = grade(Path(__file__).parents[1] / "cvae_mnist.ipynb", timeout=900)
+    assert said(sheet, "met") == LINES[:-2], sheet
