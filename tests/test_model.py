@@ -11,8 +11,9 @@ CELLS = "imports", "constants", "data", "model", "loss", "training"
 
 
 @pytest.fixture
-def nb(mnist):
-    return extract(*CELLS, DATA_DIR=mnist.root)
+def nb(mnist, monkeypatch):
+    monkeypatch.setenv("HOME", str(mnist.root.parent))
+    return extract(*CELLS, DATA_DIR=f"~/{mnist.root.name}")
 
 
 @pytest.fixture
@@ -79,12 +80,6 @@ def test_S3_1_S3_2_mnist_with_every_pixel_rounded(nb, mnist, part):
     assert torch.equal(x, loaded[0]) and torch.equal(y, loaded[1])
 
 
-def test_S3_1_the_home_folder_may_be_written_as_a_tilde(nb, mnist, monkeypatch):
-    monkeypatch.setenv("HOME", str(mnist.root.parent))
-    x, _ = nb.load_binarized_mnist(f"~/{mnist.root.name}", train=True)
-    assert torch.equal(x, nb.x_train)
-
-
 @pytest.mark.parametrize("content", [b"", b"no gzip", b"\0" * 20])
 def test_S3_1_damaged_data_names_its_folder(nb, tmp_path, monkeypatch, content):
     monkeypatch.setattr(nb.MNIST, "mirrors", [])  # no network
@@ -97,13 +92,10 @@ def test_S3_1_damaged_data_names_its_folder(nb, tmp_path, monkeypatch, content):
     assert str(raw) in str(error.value)
 
 
-def test_S4_0_S4_1_S4_2_layers(model):
-    encoder = [(256, 794), (256,), (40, 256), (40,), (40, 256), (40,)]
+def test_S4_0_S4_1_S4_2_S4_3_layers_image_and_distribution(model, batch, noise):
+    encoder = [(256, 794), (256,), *[(40, 256), (40,)] * 2]
     decoder = [(256, 50), (256,), (784, 256), (784,)]
     assert [tuple(p.shape) for p in model.parameters()] == encoder + decoder
-
-
-def test_S4_1_S4_2_S4_3_image_and_distribution(model, batch, noise):
     image, q = model(*batch)
     same([q.mean, q.stddev, image], formulas(model, *batch, noise)[:3])
 
