@@ -9,6 +9,7 @@ noise, gradients, steps and figures are watched: what was trained is graded.
 import argparse
 import ast
 import contextlib
+import copy
 import importlib.util
 import itertools
 import json
@@ -147,7 +148,9 @@ class Watch(TorchFunctionMode):
             if is_weight(args[1]):  # a bias
                 self.product[1].value = flat(out).detach().clone()
         elif name in ("mul", "addcmul") and out.requires_grad:
-            self.noise.extend(a for a in args if is_matrix(a) and not a.requires_grad)
+            given = [a for a in args if torch.is_tensor(a) and not a.requires_grad]
+            given = [a.expand(out.shape) if a.dim() == 1 else a for a in given]
+            self.noise.extend(a for a in given if is_matrix(a))
         elif name in ("normal_", "normal", "randn", "randn_like") and is_matrix(out):
             drawn = name == "normal" and all(map(is_matrix, args[:2]))
             noise = (out - args[0]) / args[1] if drawn else out
@@ -235,6 +238,9 @@ class Watch(TorchFunctionMode):
         lines = [line.get_ydata() for axes in figure.axes for line in axes.lines]
         dots = [dots.get_offsets() for a in figure.axes for dots in a.collections]
         lines += [np.asarray(each)[:, 1] for each in dots if np.ndim(each) == 2]
+        areas = [each for a in figure.axes for each in a.collections]
+        areas = [a for a in areas if isinstance(a, mpl.collections.PolyCollection)]
+        lines += [path.vertices[:, 1] for each in areas for path in each.get_paths()]
         images = [image.get_array() for axes in figure.axes for image in axes.images]
         self.note_picture(images, [np.array(line, float) for line in lines])
 
@@ -759,7 +765,7 @@ class Judge:
     def S3_2(self):
         image, expected = self.entries[0].image, (self.entries[0].gray / 255).round()
         values, wrong = image.unique(), (image != expected).double().mean()
-        said = f"{wrong:.1%} of the pixels are not the rounded ones"
+        said = f"images, {wrong:.1%} of whose pixels are not the rounded ones"
         if {*values.tolist()} - {0, 1}:
             said = f"{len(values)} values, {values[0]:.3g} to {values[-1]:.3g}"
         require(
@@ -828,11 +834,18 @@ class Judge:
         )
         found = self.reconstructions[0].name
         sigmoid = "without" not in found and "tanh" not in found
-        require((sigmoid, f"the outputs have no sigmoid: {found}"))
+        bare = any(picture.bare for picture in self.shown)
+        require(
+            (sigmoid, f"the outputs have no sigmoid: {found}"),
+            (not bare, "the outputs have no sigmoid: samples are shown without it"),
+        )
 
     def S4_3(self):
         at, noise = self.latents[0], torch.cat([each.noise for each in self.latents])
-        odd = unlike_normal(noise) if noise.any() else ""
+        same = noise.any() and any(
+            len(n) > 1 and (n == n[0]).all() for n in (at.noise for at in self.latents)
+        )
+        odd = unlike_normal(noise) if noise.any() and not same else ""
         through = at.first.given_grad is not None
         if through and noise.any():
             through = (
@@ -842,6 +855,7 @@ class Judge:
         require(
             (noise.any(), "z is the mean itself, expected mean + deviation · noise"),
             (through, f"z does not pass the gradient on to both heads, {trick}"),
+            (not same, "all images of a batch have the same noise"),
             (not odd, f"the noise is not standard normal: {odd}"),
         )
         return "z = mean + deviation · noise; what the model returns is for the reader"
@@ -916,7 +930,8 @@ class Judge:
                 f"a line of {sizes[-1]} points is none that was recognized, {expected}"
             )
         self.check_sizes()
-        require((not sizes, f"lines of {spread(sizes)} points are drawn, {expected}"))
+        if sizes:
+            raise NotMet(f"lines of {spread(sizes)} points are drawn, {expected}")
         raise NotMet(f"no line is drawn, {expected}")
 
     @cached_property
@@ -938,8 +953,10 @@ class Judge:
                 z = map(tuple, z.tolist())
                 found += zip([steps[each.mark]] * rows, digit, z)
                 images.append(each.call.value)
-        gray = torch.cat(images).reshape(-1, 28, 28).sigmoid().numpy()
-        for picture in self.watch.pictures:
+        bare = torch.cat(images).reshape(-1, 28, 28)
+        gray, bare = bare.sigmoid().numpy(), bare.numpy()
+        pictures = [copy.copy(each) for each in self.watch.pictures]  # others judge too
+        for picture in pictures:
             bytes_ = [sheet / 255 for sheet in picture.sheets if sheet.max() > 1.5]
             exact = [sheet for sheet in picture.sheets if sheet.max() <= 1.5]
             seen = np.zeros(len(found), bool)
@@ -947,8 +964,12 @@ class Judge:
                 if not seen.any():
                     seen |= find_tiles(bytes_, wanted, 0.0045)
                     seen |= find_tiles(exact, wanted, 1e-4)
+            picture.bare = False
+            if not seen.any():
+                seen = find_tiles(picture.sheets, bare, 1e-4)
+                picture.bare = seen.any()
             picture.samples = [found[n] for n in np.flatnonzero(seen)]
-        return self.watch.pictures
+        return pictures
 
     def S6_2(self):
         ends = {epoch: t for epoch, (t, _) in enumerate(self.epochs, start=1)}
@@ -977,6 +998,8 @@ class Judge:
             )
             few, fewer = (min(range(10), key=lambda d: c[d]) for c in (found, good))
             if epoch not in ends and not self.stop:
+                if faults:
+                    break
                 raise CannotTell(f"there is no epoch {epoch} (see S5.3)")
             if not found:
                 faults.append(f"no samples after epoch {epoch} (shown: {at})")

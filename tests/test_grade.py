@@ -98,6 +98,7 @@ S5.3 | SGD | optim.Adam( | optim.SGD(
 S5.3 | rate 0.01, expected 0.001 | lr=0.001 | lr=0.01
 S5.3 | 12 epochs | range(1, 12) | range(1, 13)
 S5.3 | zero_grad | adam.zero_grad() | pass
+S6.1 | no line is drawn | plt.plot(losses) | losses
 S6.1 | lines of 11 points |         losses.append |     losses.append
 S6.2 | 9 different samples of 9 | arange(100) | arange(100).clip(max=98)
 S6.2 | no samples after epoch 6 | (1, 6, 11) | (1, 7, 11)
