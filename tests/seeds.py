@@ -1,6 +1,6 @@
 """Run the notebook with five seeds and write figures/seeds.csv: python tests/seeds.py
 
-All rows of results.csv, with the seed before them; 20 minutes on two cores.
+All rows of results.csv, with the seed before them; 20 to 40 minutes on two cores.
 """
 
 import os
