@@ -2,10 +2,11 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from grade import LINES, grade
+from grade import LINES, grade, main
 
 SUBMISSION = """import matplotlib.pyplot as plt
 import torch
@@ -117,14 +118,23 @@ loss.backward()\n | 0\n | adam.step() | adam.step(loss.backward)
 """
 
 
+# What is written, what stands there instead, and words on S2.2.
+TROUBLES = r"""
+import torch\n | import pandas, torch\n | pandas is not installed
+mnist = | open("/home/me/digits")\nmnist = | own is not here
+torch.randperm(len(x)) | torch.randperm(60000) | written in
+adam.step() | while True: pass | stopped after 8 seconds
+adam.step() | open("/left", "w") | no writing outside
+"""
+
+
 def rows(table):
     lines = table.strip().splitlines()
-    return [
-        [t.replace(r"\n", "\n") for t in re.split(r" \| ?", line)] for line in lines
-    ]
+    fields = [re.split(r" \| ?", line) for line in lines]
+    return [[text.replace(r"\n", "\n") for text in row] for row in fields]
 
 
-def notebook(tmp_path, *changes):
+def notebook(folder, changes):
     """A notebook of the submission, with what is written and what stands instead."""
     text = SUBMISSION
     for old, new in zip(changes[::2], changes[1::2]):
@@ -134,9 +144,25 @@ def notebook(tmp_path, *changes):
         {"cell_type": "code", "source": source, "execution_count": count}
         for count, source in enumerate(text.split("# %%\n"), start=5)
     ]
-    path = tmp_path / "submission.ipynb"
+    path = folder / "submission.ipynb"
     path.write_text(json.dumps({"cells": cells}), "utf-8-sig")
     return path
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """What happened and the sheet, by changes: all are graded, two at a time."""
+    changes = [row[2:] for row in rows(FAULTS)] + rows(VARIANTS)
+    tasks = {("own",): (Path(__file__).parents[1] / "cvae_mnist.ipynb", 900)}
+    tasks |= {
+        tuple(c): (notebook(tmp_path_factory.mktemp("s"), c), 300) for c in changes
+    }
+    for *c, _ in rows(TROUBLES):
+        tasks[tuple(c)] = notebook(tmp_path_factory.mktemp("s"), c), 8
+    with ThreadPoolExecutor(2) as pool:
+        sheets = {key: pool.submit(grade, *task) for key, task in tasks.items()}
+        yield lambda *changes: sheets[changes].result()
+        pool.shutdown(cancel_futures=True)
 
 
 def said(sheet, verdict):
@@ -144,37 +170,39 @@ def said(sheet, verdict):
 
 
 @pytest.mark.parametrize(("lines", "words", "old", "new"), rows(FAULTS))
-def test_a_fault_turns_its_line_red_and_no_other(tmp_path, lines, words, old, new):
-    _, sheet = grade(notebook(tmp_path, old, new))
+def test_a_fault_turns_its_line_red_and_no_other(graded, lines, words, old, new):
+    _, sheet = graded(old, new)
     assert said(sheet, "NOT MET") == lines.split(), sheet
     assert words in sheet[lines[:4]], sheet
     assert all("(see S5" in sheet[line] for line in said(sheet, "cannot")), sheet
 
 
 @pytest.mark.parametrize("changes", rows(VARIANTS))
-def test_a_conforming_variant_is_met(tmp_path, changes):
-    what, sheet = grade(notebook(tmp_path, *changes))
-    assert "Ran 6 of 6 cells." in what
+def test_a_conforming_variant_is_met(graded, changes):
+    what, sheet = graded(*changes)
+    assert "Ran 6 of 6 cells" in what
     assert said(sheet, "met") == LINES[:-2], sheet
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("import torch\n", "import pandas, torch\n", "pandas is not installed"),
-        ("mnist =", "open('/home/me/digits')\nmnist =", "own is not here"),
-        ("torch.randperm(len(x))", "torch.randperm(60000)", "written in"),
-        ("adam.step()", "while True: pass", "stopped after 8 seconds"),
-        ("adam.step()", "open('/left', 'w')", "no writing outside"),
-    ],
-)
-def test_what_cannot_run_here_is_not_called_wrong(tmp_path, old, new, words):
-    what, sheet = grade(notebook(tmp_path, old, new), timeout=8)
+@pytest.mark.parametrize(("old", "new", "words"), rows(TROUBLES))
+def test_what_cannot_run_here_is_not_called_wrong(graded, old, new, words):
+    what, sheet = graded(old, new)
     assert "stopped in cell" in what and words in sheet["S2.2"]
     assert len(said(sheet, "cannot tell")) > 4
     assert set(said(sheet, "NOT MET")) <= {"S2.1"}, sheet
 
 
-def test_the_notebook_of_this_project_is_met():
-    _, sheet = grade(Path(__file__).parents[1] / "cvae_mnist.ipynb", timeout=900)
+def test_the_notebook_of_this_project_is_met(graded):
+    _, sheet = graded("own")
     assert said(sheet, "met") == LINES[:-2], sheet
+
+
+def test_several_files_end_in_a_table(tmp_path, monkeypatch, capsys):
+    notebook(tmp_path, ())
+    (tmp_path / "broken.ipynb").write_text("no JSON")
+    monkeypatch.setattr("sys.argv", ["grade.py", str(tmp_path)])
+    main()
+    *_, head, broken, whole = capsys.readouterr().out.splitlines()
+    assert head.split()[: len(LINES)] == LINES
+    assert broken.split()[:-1] == ["?"] * len(LINES)
+    assert whole.split()[:-1] == ["+"] * (len(LINES) - 2) + ["?"] * 2
