@@ -1,6 +1,5 @@
 """Draw Figures 1 to 4 again from figures/run.pt: python tests/redraw.py"""
 
-from extract import extract
+from extract import SETUP, extract
 
-SETUP = "imports", "constants", "drawing", "saving"
 extract(*SETUP, "run", "losses-figure", "samples-figure")

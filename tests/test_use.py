@@ -10,9 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from extract import CELLS, ROOT, extract, run
+from extract import CELLS, ROOT, SETUP, extract, run
 
-SETUP = "imports", "constants", "drawing", "saving"
 TRAINING = *SETUP, "data", "model", "loss", "training", "training-run"
 FIGURES = "run", "losses-figure", "samples-figure"
 
