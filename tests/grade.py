@@ -32,7 +32,7 @@ from watch import Note, OutOfTime, is_leaf, ratio, run, unit
 COUNTS = {"S1": "12", "S2": "12", "S3": "12", "S4": "0123", "S5": "123", "S6": "1234"}
 LINES = [f"{part}.{number}" for part in COUNTS for number in COUNTS[part]]
 PACKAGES = "PyTorch, Torchvision, Matplotlib and NumPy"
-ALLOWED = {"torch", "torchvision", "matplotlib", "numpy"}
+ALLOWED = {"torch", "torchvision", "matplotlib", "mpl_toolkits", "numpy"}
 ALLOWED |= {"IPython", "ipywidgets", "PIL", "google", "tqdm"}  # add nothing to a result
 ACTIVATIONS = {
     "no activation": lambda a: a,
@@ -105,7 +105,9 @@ def find_latent(detail):
                     f, g = (names[n] for n in divmod(off.argmin().item(), len(names)))
                     found = {"f": f, "g": g if noise.any() else None, "noise": noise}
                     found |= {"mean": mean, "std": std, "start": start, "size": size}
-                    return Note(first=first, **found)
+                    keys = [call.key for call in detail.calls]
+                    draws = keys.count(first.key) / keys.count(mean[0].key)
+                    return Note(first=first, draws=draws, **found)
     raise CannotTell("z = f(mean) + g(deviation) · noise was looked for at all layers")
 
 
@@ -131,15 +133,18 @@ def find_reconstruction(detail, x, gray):
 
 
 def find_regularizer(at):
-    """What is added to the reconstruction: kind, factor, how z has gradients."""
+    """What is added to the reconstruction: kind, factor, what z passes gradients to."""
+    if at.draws > 1:
+        raise CannotTell("z is drawn more than once for each image")
     mean, std = (each[1].double().requires_grad_() for each in (at.mean, at.std))
     whole = torch.cat([at.mean[2], at.std[2]]).double()
     through = at.first.given_grad
     through = 0 if through is None else through[:, at.start : at.start + at.size]
     fits = []
-    for g, path in itertools.product([at.g] if at.g else ACTIVATIONS, ("both", "mean")):
+    paths = "both", "mean", "none"
+    for g, path in itertools.product([at.g] if at.g else ACTIVATIONS, paths):
         m, s, e = ACTIVATIONS[at.f](mean), ACTIVATIONS[g](std), at.noise.double()
-        z = m + (s * e if path == "both" else (s * e).detach())
+        z = m * (path != "none") + s * e * (path == "both")
         rest = whole - gradient(z * through, mean, std)
         if rest.norm() < max(1e-4 * whole.norm(), 1e-12):
             name = "nothing" if whole.norm() > 1e-9 else "lost in saturation"
@@ -227,6 +232,8 @@ class Judge:
         stopped, said = f"; the run stopped in {self.stop}" if self.stop else "", []
         try:
             if not self.details and line not in ("S2.1", "S2.2", "S3.1"):
+                if self.stop:
+                    self.check_sizes()
                 raise CannotTell("no step of an optimizer of PyTorch was seen")
             for each in getattr(self, line.replace(".", "_"))():
                 said += [each] * (each is not True)

@@ -82,7 +82,7 @@ class Watch(TorchFunctionMode):
     def note_layer(self, given, weight, out):
         call = Note(given=flat(given).detach(), value=flat(out).detach().clone())
         call.shape, call.grad = (call.given.shape[1], call.value.shape[1]), None
-        call.weight, call.key = weight, base_of(weight).data_ptr()
+        call.weight, call.key = weight, source_of(weight).data_ptr()
         call.given_grad, self.product = None, (out, call)
         self.inputs.append(call.given)
         if out.requires_grad:
@@ -103,7 +103,8 @@ class Watch(TorchFunctionMode):
         if self.run:
             step, groups = self.run.steps[-1], optimizer.param_groups
             step.owned |= {p.data_ptr() for group in groups for p in group["params"]}
-            step.mark = mark(step.out.weight)
+            known = is_leaf(step.out.weight)  # not if it is computed anew each time
+            step.mark = mark(step.out.weight) if known else None
             for group in groups:
                 values = group["lr"], group.get("weight_decay", 0)
                 step.optimizers.append((type(optimizer).__name__, *values))
@@ -147,7 +148,8 @@ class Watch(TorchFunctionMode):
         for drawn in (each for axes in figure.axes for each in axes.collections):
             lines += [path.vertices[:, 1] for path in drawn.get_paths()]
             lines += [drawn.get_offsets()[:, 1]]
-        images = [image.get_array() for axes in figure.axes for image in axes.images]
+        images = figure.findobj(lambda artist: hasattr(artist, "get_array"))
+        images = [image.get_array() for image in images]
         self.note_picture(images, [np.array(line, float) for line in lines])
 
     def safely(self, note, *args):
@@ -177,6 +179,14 @@ def is_matrix(value):
 def base_of(weight):
     """What a transposed or cut weight is a view of."""
     return weight if weight._base is None else weight._base
+
+
+def source_of(weight):
+    """The weight itself, or a parameter that it is computed from (weight_norm)."""
+    weight, node = base_of(weight), base_of(weight).grad_fn
+    while node and node.next_functions and node.next_functions[0][0]:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", weight)
 
 
 def is_leaf(value):
@@ -316,6 +326,10 @@ def run(path, folder, timeout):
     line, cell = shell.run_line_magic, shell.run_cell_magic
     shell.run_line_magic = lambda n, *a, **k: line(n, *a, **k) if n in magics else None
     shell.run_cell_magic = lambda n, *a: cell(n, *a) if n in magics else None
+    text = shell.display_formatter.formatters["text/plain"]
+    text.for_type(
+        plt.Figure, lambda figure, *_: watch.safely(watch.note_figure, figure)
+    )
     register_optimizer_step_post_hook(lambda *a: watch.safely(watch.after_step, *a))
 
     def stop(*_):
@@ -334,4 +348,5 @@ def run(path, folder, timeout):
             break
         end.ran += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
+    torch.set_default_dtype(torch.float32)
     return watch, end
