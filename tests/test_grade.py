@@ -90,6 +90,7 @@ S4.1 | before the image | [x, y] | [y, x]
 S4.1 | not the one-hot class | [x, y] | [x, y / 2]
 S4.2 | before z | [z, y] | [y, z]
 S4.3 | to both heads | like(std)\n | like(std)\n        z = z.detach()\n
+S4.3 | to both heads | mean + std * torch.randn_like(std) | torch.normal(mean, std)
 S4.3 | the mean itself | mean + std * torch.randn_like(std) | mean
 S4.3 | not standard normal | torch.randn_like | torch.rand_like
 S5.1 | squared error | F.binary_cross_entropy( | F.mse_loss(
@@ -110,7 +111,7 @@ VARIANTS = r"""
 (bce + kl) / len(x) | bce + kl | 255).round() | 255 >= 0.5).float()
 plt.sav | %pip install nothing\n!exit 1\nplt.sav | import torch\n | import tqdm, torch\n
 CVAE(), [] | CVAE().to("cuda"), [] | x[batch], m | x[batch].cuda(), m
-images.permute | 255 - 255 * images.permute | plt.plot(l | plt.scatter(range(110), l
+images.permute | 255 - 255 * images.permute | plt.plot(l | plt.scatter(range(110), l | plt.imshow( | plt.pcolormesh(
 mean + std * torch.randn_like(std) | torch.distributions.Normal(mean, std).rsample()
 (256, Z), | (256, 80), | ), self.std(h).sigmoid() | ).chunk(2, 1)
 nn.Sigmoid() | nn.Flatten() | ropy( | ropy_with_logits( | .detach() | .detach().sigmoid()

@@ -98,11 +98,14 @@ def test_S4_0_S4_1_S4_2_S4_3_layers_image_and_distribution(model, batch, noise):
     assert [tuple(p.shape) for p in model.parameters()] == encoder + decoder
     image, q = model(*batch)
     same([q.mean, q.stddev, image], formulas(model, *batch, noise)[:3])
+    assert (image - 0.5).abs().max() < 0.2  # before training
 
 
 def test_S6_2_samples_take_z_from_the_standard_normal(model, noise):
     labels = torch.arange(50) % 10
     same(model.sample(labels.tolist()), decode(model, noise, torch.eye(10)[labels]))
+    with pytest.raises(RuntimeError):
+        model.sample([10])
 
 
 def test_S5_1_S5_2_S1_1_loss_and_its_gradient(nb, model, batch, noise):
@@ -119,6 +122,7 @@ def test_S5_3_S4_0_constants():
     nb = extract("imports", "constants")
     assert (nb.EPOCHS, nb.BATCH_SIZE, nb.LEARNING_RATE) == (11, 64, 0.001)
     assert (nb.LATENT, nb.HIDDEN, nb.SNAPSHOTS) == (40, 256, [1, 6, 11])
+    assert nb.SEED == 0  # the run that the text quotes
 
 
 def test_S5_3_S6_1_S1_2_training_is_adam_on_every_image(nb):

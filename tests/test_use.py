@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+import shutil
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -37,6 +38,35 @@ def test_figures_1_to_4_are_redrawn_from_the_last_training(short):
         path.unlink()
     extract(*SETUP, *FIGURES, FIGURES_DIR=short.FIGURES_DIR)  # as after a restart
     assert contents(short.FIGURES_DIR) == before
+
+
+def test_the_committed_figures_1_to_4_are_drawn_by_the_cells(tmp_path):
+    shutil.copy(ROOT / "figures" / "run.pt", tmp_path)
+    extract(*SETUP, *FIGURES, FIGURES_DIR=tmp_path)
+    for path in tmp_path.glob("*.png"):
+        drawn, committed = plt.imread(path), plt.imread(ROOT / "figures" / path.name)
+        assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 1e-3
+
+
+def test_a_figure_is_shown_with_its_alternative_text(short, monkeypatch):
+    shown = []
+    monkeypatch.setattr(short, "get_ipython", lambda: True)
+    monkeypatch.setattr(short, "display", lambda data, raw: shown.append(data))
+    plt.figure()
+    short.show("empty.png", "An empty figure.")
+    assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
+    assert 'alt="An empty figure." src="data:image/png' in shown[0]["text/html"]
+    assert (short.FIGURES_DIR / "empty.png").exists() and not plt.get_fignums()
+
+
+def test_every_cell_follows_the_constants(mnist, tmp_path):
+    constants = {"EPOCHS": 2, "SNAPSHOTS": [1], "LATENT": 3, "HIDDEN": 20}
+    nb = extract(DATA_DIR=mnist.root, FIGURES_DIR=tmp_path, **constants)
+    assert len(nb.models) == 6 and all(
+        [*found] == [1, 2] for found in nb.models.values()
+    )
+    for model in (model for found in nb.models.values() for model in found.values()):
+        assert model.latent == 3 and model.decoder.hidden[0].weight.shape == (20, 13)
 
 
 def test_the_trained_model_is_loaded_as_the_readme_says(short, monkeypatch):
