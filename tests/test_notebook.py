@@ -144,6 +144,10 @@ def test_pictures_of_digits_show_what_they_say(nb):
             head, cell = axes.tables[0][0, i], axes.tables[0][row + 1, i]
             assert [c.get_text().get_text() for c in (head, cell)] == [claim, word]
             assert cell.get_facecolor() == to_rgba(nb.COLORS[word])
+    digits = [label.get_text() for label in axes.get_xticklabels()]
+    assert digits == [*DIGITS.split(), "", *DIGITS.split()]
+    axes.figure.canvas.draw()  # rows of the table stand beside those of the sheet
+    assert cell.get_window_extent().height * 5 == pytest.approx(axes.bbox.height, 0.01)
     yes, no = to_rgba(nb.COLORS["yes"]), to_rgba(nb.COLORS["no"])
     assert yes[1] > yes[0] and no[0] > no[1]  # green and red
 
@@ -201,10 +205,13 @@ def test_printed_tables_are_rows_of_results(nb):
                 assert value == f"{found[column]:.{2 * (column != 'recognized')}f}"
     torch.manual_seed(nb.SEED)
     estimate = nb.log_likelihood(nb.snapshots[11], nb.x_test, nb.y_test, 100).mean()
+    torch.manual_seed(nb.SEED)
+    image, q = nb.CVAE()(nb.x_test[:64], nb.y_test[:64])
+    untrained = nb.cross_entropy(image, nb.x_test[:64]), nb.kl_to_prior(q)
     (bce, kl), losses = nb.run["test"][10], nb.run["losses"][10].sum(dim=1)
     for expected in [
         "training: x (600, 784) of [0.0, 1.0], y (600, 10)",
-        "784 log 2 = 543.4 nats",
+        "untrained: {:.1f} + {:.1f} nats; 784 log 2 = 543.4 nats".format(*untrained),
         f"epoch 11: training {losses.mean():.1f}, test {bce:.1f} + {kl:.1f} = {bce + kl:.1f}",
         f"epoch 11: -log p(x|y) at most {-estimate:.1f} nats",
         "{recognized:.1f} % recognized, log_loss {log_loss:.2f} nats".format(**nb.real),
@@ -253,6 +260,9 @@ def test_the_classifier_learns_from_training_images_alone(nb):
     again = ModuleType("again")
     vars(again).update(vars(nb), x_test=None)
     run(again, "classifier")
+    optimizer = again.optimizer.state_dict()
+    assert optimizer["state"][0]["step"] == 4 * 3 and again.layers[2].p == 0.3
+    assert optimizer["param_groups"][0]["lr"] == 0.003
     for one, other in zip(again.classifier.parameters(), nb.classifier.parameters()):
         assert torch.equal(one, other)
 
