@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from extract import CELLS, CODE, extract, run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from torch.distributions import Normal, kl_divergence
@@ -50,7 +51,6 @@ def tiles(nb, name, columns=10):
 
 
 def texts(figure):
-    figure.canvas.draw()  # makes the labels of ticks
     found = [text for text in figure.findobj(Text) if text.get_visible()]
     return " ".join(text.get_text() for text in found if text.get_text())
 
@@ -146,7 +146,7 @@ def test_pictures_of_digits_show_what_they_say(nb):
             assert cell.get_facecolor() == to_rgba(nb.COLORS[word])
     digits = [label.get_text() for label in axes.get_xticklabels()]
     assert digits == [*DIGITS.split(), "", *DIGITS.split()]
-    axes.figure.canvas.draw()  # rows of the table stand beside those of the sheet
+    FigureCanvasAgg(axes.figure).draw()  # the table's rows are beside the sheet's
     assert cell.get_window_extent().height * 5 == pytest.approx(axes.bbox.height, 0.01)
     yes, no = to_rgba(nb.COLORS["yes"]), to_rgba(nb.COLORS["no"])
     assert yes[1] > yes[0] and no[0] > no[1]  # green and red
