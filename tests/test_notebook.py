@@ -174,7 +174,7 @@ def test_the_histograms_and_the_spread_show_what_they_say(nb):
             assert share == nb.results[key]["recognized"]
 
 
-ROW = re.compile(r"(.{20}) +(\d+)  (\S.*?)((?:  +\d+(?:\.\d+)?)+)")
+ROW = re.compile(r"(.{20}) +(\d+)  (\S.*?)((?:  +-?\d+(?:\.\d+)?)+)")
 
 
 def lines(printed):
@@ -182,7 +182,7 @@ def lines(printed):
     found = []
     for line in printed.split("figures/seeds.csv")[0].splitlines():
         row = ROW.fullmatch(line)
-        masked = re.sub(r"\d+\.\d+|\(\d+,|\d+ coordinates|nan|^\{.*", "#", line)
+        masked = re.sub(r"-?\d+\.\d+|\(\d+,|\d+ coordinates|nan|^\{.*", "#", line)
         found.append(row.groups()[:3] if row else masked)
     return found
 
