@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = json.loads((ROOT / "cvae_mnist.ipynb").read_text("utf-8"))["cells"]
 CODE = {c["id"]: "".join(c["source"]) for c in CELLS if c["cell_type"] == "code"}
+OUTPUTS = [output for cell in CELLS for output in cell.get("outputs", ())]
 SETUP = "imports", "constants", "drawing", "saving"  # the cells of Setup
 
 

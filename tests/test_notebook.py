@@ -11,14 +11,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from extract import CELLS, CODE, extract, run
+from extract import CODE, OUTPUTS, extract, run
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
-
-OUTPUTS = [o for cell in CELLS for o in cell.get("outputs", ())]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +175,7 @@ def test_the_histograms_and_the_spread_show_what_they_say(nb):
 ROW = re.compile(r"(.{20}) +(\d+)  (\S.*?)((?:  +-?\d+(?:\.\d+)?)+)")
 
 
-def lines(printed):
+def wording(printed):
     """Printed lines without what other data changes; of rows of results the keys."""
     found = []
     for line in printed.split("figures/seeds.csv")[0].splitlines():
@@ -189,13 +187,13 @@ def lines(printed):
 
 def test_the_committed_outputs_are_what_the_cells_print(nb):
     """All but the numbers, which tests on other data cannot know."""
-    texts = ["".join(o["text"]) for o in OUTPUTS if "text" in o][:-2]  # without seeds
+    committed = ["".join(o["text"]) for o in OUTPUTS if "text" in o]
     printed = re.sub(r"\r(.*\r)?", "", nb.printed)  # the last state of progress
-    assert lines(printed) == lines("".join(texts))
+    assert wording(printed) == wording("".join(committed[:-2]))  # without the seeds
 
 
 def test_printed_tables_are_rows_of_results(nb):
-    columns = []
+    count, columns = 0, []
     for line in nb.printed.splitlines():
         columns = line.split()[4:] if line.startswith("model  ") else columns
         row = ROW.fullmatch(line)
@@ -203,6 +201,8 @@ def test_printed_tables_are_rows_of_results(nb):
             found = nb.results[row[1].strip(), int(row[2]), row[3].strip()]
             for column, value in zip(columns, row[4].split(), strict=True):
                 assert value == f"{found[column]:.{2 * (column != 'recognized')}f}"
+            count += 1
+    assert count == 3 + 10 + 2 + 13 + 5 + 4
     torch.manual_seed(nb.SEED)
     estimate = nb.log_likelihood(nb.snapshots[11], nb.x_test, nb.y_test, 100).mean()
     torch.manual_seed(nb.SEED)

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from extract import CELLS, ROOT, SETUP, extract, run
+from extract import CELLS, OUTPUTS, ROOT, SETUP, extract, run
 
 TRAINING = *SETUP, "data", "model", "loss", "training", "training-run"
 FIGURES = "run", "losses-figure", "samples-figure"
@@ -201,11 +201,9 @@ def test_a_seed_is_what_the_notebook_finds(committed):
 
 
 def test_the_committed_notebook_is_clean():
-    code = [cell for cell in CELLS if cell["cell_type"] == "code"]
-    outputs = [output for cell in code for output in cell["outputs"]]
-    assert not {o["output_type"] for o in outputs} - {"stream", "display_data"}
-    assert not [o for o in outputs if o.get("name") == "stderr"]
-    pictures = [o["data"] for o in outputs if "data" in o]
+    assert not {o["output_type"] for o in OUTPUTS} - {"stream", "display_data"}
+    assert not [o for o in OUTPUTS if o.get("name") == "stderr"]
+    pictures = [o["data"] for o in OUTPUTS if "data" in o]
     assert len(pictures) == 10 and all(
         'alt="' in "".join(p["text/html"]) for p in pictures
     )

@@ -90,10 +90,13 @@ class Watch(TorchFunctionMode):
             out.register_hook(lambda gradient: add_gradient(call, "grad", gradient))
             if given.requires_grad:
                 given.register_hook(lambda g: add_gradient(call, "given_grad", g))
-        room = 5000 > sum(len(each.call.value) for each in self.decoded)
-        if call.shape[1] == 784 and len(call.value) <= (1000 if room else 100):
+        if call.shape[1] == 784 and len(call.value) <= self.room():
             note = Note(call=call, mark=mark(weight), inputs=[*self.inputs])
             self.decoded.append(note)
+
+    def room(self):
+        """How many images a call may have to be kept: fewer when many are."""
+        return 1000 if sum(len(e.call.value) for e in self.decoded) < 5000 else 100
 
     def after_step(self, optimizer, *_):
         """Note what led to a step. One without layers of its own adds to the last."""
@@ -113,17 +116,18 @@ class Watch(TorchFunctionMode):
     def note_step(self, calls):
         entries = [call for call in calls if call.shape[0] >= 784] or calls[:1]
         entries = [call for call in entries if call.key == entries[0].key]
-        given, out = torch.cat([call.given for call in entries]), calls[0]
+        given = torch.cat([call.given for call in entries])
+        out = ([call for call in calls if call.shape[1] == 784] or calls[:1])[-1]
         new = Note(steps=[], details=[], kept=entries[0].weight)  # no other has its key
         self.run = self.runs.setdefault(entries[0].key, new)
         step = Note(cell=self.cell, rows=len(given), index=None, start=0, owned=set())
         step.scalars, step.optimizers = [s.item() for s in self.scalars], []
+        step.out = out
         for start in (0, given.shape[1] - 784) if given.numel() >= 784 else ():
             likeness = unit(given[:, start:][:, :784]) @ self.profiles
             if likeness.max(dim=1).values.median() > 0.75:
                 step.index, step.start = likeness.argmax(dim=1), start
                 break
-        step.out = out = [out, *(call for call in calls if call.shape[1] == 784)][-1]
         self.decoded = [each for each in self.decoded if each.call not in calls]
         for before in self.run.steps[-1:]:
             before.out = None  # keeps little
