@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 
-def write_digits(root):
+def write_digits(root, train=600, t10k=300):
     """Write synthetic digits as the extracted IDX files of MNIST, where it puts them.
 
-    Returns root, raw (the folder of the files) and, as train (600 images) and t10k
-    (300), pairs of gray images (N, 784), bytes, and labels (N,).
+    train, t10k: how many images. Returns root, raw (the folder of the files) and, as
+    train and t10k, pairs of gray images (N, 784), bytes, and labels (N,).
     """
     digits = SimpleNamespace(root=Path(root), raw=Path(root, "MNIST", "raw"))
     digits.raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name, count in ("train", 600), ("t10k", 300):
+    for name, count in ("train", train), ("t10k", t10k):
         labels = rng.permutation(np.arange(count) % 10)
         images = np.zeros((count, 28, 28), np.uint8)
         for image, label in zip(images, labels):
