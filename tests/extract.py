@@ -9,9 +9,12 @@ import matplotlib
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = json.loads((ROOT / "cvae_mnist.ipynb").read_text("utf-8"))["cells"]
+if not all("id" in cell for cell in CELLS):
+    raise SystemExit(
+        "The notebook's cells lost their ids: git checkout cvae_mnist.ipynb"
+    )
 CODE = {c["id"]: "".join(c["source"]) for c in CELLS if c["cell_type"] == "code"}
-OUTPUTS = [output for cell in CELLS for output in cell.get("outputs", ())]
-SETUP = "imports", "constants", "drawing", "saving"  # the cells of Setup
+SETUP = "imports", "constants", "drawing", "saving", "showing"  # the cells of Setup
 
 
 def extract(*names, **others):
@@ -25,7 +28,9 @@ def extract(*names, **others):
 
 
 def run(module, *names, **others):
-    """Run cells in a module, as one does in a notebook."""
+    """Run cells in a module, as one does in a notebook, but for its magics."""
     for name in names:
-        exec(compile(CODE[name], name, "exec"), vars(module))  # noqa: S102
+        lines = CODE[name].splitlines()
+        code = "\n".join("" if line[:1] in ("%", "!") else line for line in lines)
+        exec(compile(code, name, "exec"), vars(module))  # noqa: S102
         vars(module).update({k: others[k] for k in others if k in vars(module)})

@@ -1,5 +1,9 @@
 """Draw Figures 1 to 4 again from figures/run.pt: python tests/redraw.py"""
 
-from extract import SETUP, extract
+import os
 
-extract(*SETUP, "run", "losses-figure", "samples-figure")
+from extract import ROOT, SETUP, extract
+
+os.chdir(ROOT)  # as a notebook runs in its own folder
+cells = *SETUP, "run", "losses-figure", "samples-figure"
+extract(*cells, display=lambda image: print(image.filename))
