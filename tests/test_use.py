@@ -1,83 +1,89 @@
 """What users do to the notebook: change constants, stop it, redraw, read its numbers."""
 
-import base64
-import csv
-import io
 import re
-import shutil
-from types import SimpleNamespace
+import runpy
+from unittest.mock import MagicMock
 
+import extract as cells
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import seeds
 import torch
-from extract import CELLS, OUTPUTS, ROOT, SETUP, extract, run
+from conftest import read_results, through
+from extract import CODE, ROOT, extract, run
 
-TRAINING = *SETUP, "data", "model", "loss", "training", "training-run"
 FIGURES = "run", "losses-figure", "samples-figure"
+COLUMNS = "recognized", "log_loss", "frechet", "variety", "pixel_entropy"
+
+
+def quick_judge(images, digits):
+    """In place of judge(), which takes most of the time."""
+    return dict.fromkeys(COLUMNS, images.mean().item())
+
+
+def quick_show(name, alt):
+    plt.close()
 
 
 @pytest.fixture
 def short(mnist, tmp_path):
     """Sections 1 to 5 with two epochs, in a folder of their own."""
-    folder = tmp_path / "figures"
-    return extract(*TRAINING, DATA_DIR=mnist.root, FIGURES_DIR=folder, EPOCHS=2)
+    folders = {"DATA_DIR": mnist.root, "FIGURES_DIR": tmp_path / "figures"}
+    return extract(*through("training-run"), **folders, EPOCHS=2, display=repr)
+
+
+@pytest.fixture(scope="module")
+def tiny(mnist, tmp_path_factory):
+    """The whole notebook with the smallest constants."""
+    constants = {"EPOCHS": 1, "SNAPSHOTS": [], "LATENT": 1, "HIDDEN": 20, "SEED": 4}
+    constants |= {"DATA_DIR": mnist.root, "BATCH_SIZE": 1000, "judge": quick_judge}
+    folder = tmp_path_factory.mktemp("tiny") / "new"
+    return extract(**constants, FIGURES_DIR=folder, display=repr)
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_figures_1_to_4_are_redrawn_from_the_last_training(short):
+def test_every_cell_follows_the_constants(tiny):
+    for (_, epoch), model in tiny.models.items():
+        shapes = {tuple(p.shape) for p in model.parameters()}
+        assert shapes >= {(20, 794), (1, 20), (20, 11), (784, 20)} and epoch == 1
+    assert len(tiny.run["losses"][0]) == 1  # one batch
+    words = tiny.verdicts(tiny.results, "as specified")
+    assert words["clearer"] == words["better defined"] == "cannot tell"
+
+
+def test_figures_are_redrawn_from_the_last_training(short, monkeypatch, tmp_path):
     run(short, *FIGURES)
-    before = contents(short.FIGURES_DIR)
-    names = {"losses.png", "samples_epoch_01.png", "samples_epoch_02.png"}
-    assert {path.name for path in before} == {*names, "run.pt"}
-    plt.rcParams.update({"savefig.dpi": 50, "axes.grid": True, "font.family": "serif"})
-    for path in short.FIGURES_DIR.glob("*.png"):
-        path.unlink()
-    extract(*SETUP, *FIGURES, FIGURES_DIR=short.FIGURES_DIR)  # as after a restart
-    assert contents(short.FIGURES_DIR) == before
+    drawn = contents(short.FIGURES_DIR)
+    del drawn["digits.png"]
+    assert {"losses.png", "samples_epoch_01.png", "samples_epoch_02.png"} < {*drawn}
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT / "tests")  # from any folder
+    for _ in range(2):
+        for path in short.FIGURES_DIR.glob("*.png"):
+            path.unlink()
+        runpy.run_path(str(ROOT / "tests" / "redraw.py"))
+        assert contents(short.FIGURES_DIR) == drawn
 
 
-def test_the_committed_figures_1_to_4_are_drawn_by_the_cells(tmp_path):
-    shutil.copy(ROOT / "figures" / "run.pt", tmp_path)
-    extract(*SETUP, *FIGURES, FIGURES_DIR=tmp_path)
-    for path in tmp_path.glob("*.png"):
-        drawn, committed = plt.imread(path), plt.imread(ROOT / "figures" / path.name)
-        assert drawn.shape == committed.shape and abs(drawn - committed).mean() < 1e-3
-
-
-def test_a_figure_is_shown_with_its_alternative_text(short, monkeypatch):
-    shown = []
-    monkeypatch.setattr(short, "get_ipython", lambda: True)
-    monkeypatch.setattr(short, "display", lambda data, raw: shown.append(data))
-    plt.figure()
-    short.show("empty.png", "An empty figure.")
-    assert base64.b64decode(shown[0]["image/png"]).startswith(b"\x89PNG")
-    assert 'alt="An empty figure." src="data:image/png' in shown[0]["text/html"]
-    assert (short.FIGURES_DIR / "empty.png").exists() and not plt.get_fignums()
-
-
-def test_every_cell_follows_the_constants(mnist, tmp_path):
-    constants = {"EPOCHS": 2, "SNAPSHOTS": [1], "LATENT": 3, "HIDDEN": 20}
-    nb = extract(DATA_DIR=mnist.root, FIGURES_DIR=tmp_path, **constants)
-    assert len(nb.models) == 6 and all(
-        [*found] == [1, 2] for found in nb.models.values()
-    )
-    for model in (model for found in nb.models.values() for model in found.values()):
-        assert model.latent == 3 and model.decoder.hidden[0].weight.shape == (20, 13)
-
-
-def test_the_trained_model_is_loaded_as_the_readme_says(short, monkeypatch):
+def test_the_trained_model_is_loaded_as_the_readme_says(tiny, monkeypatch):
     code = re.search(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
-    monkeypatch.chdir(short.FIGURES_DIR.parent)
-    again = extract(*SETUP, "model")
+    monkeypatch.setitem(CODE, "drawing", "%matplotlib inline\n" + CODE["drawing"])
+    constants = {c: getattr(tiny, c) for c in ("FIGURES_DIR", "LATENT", "HIDDEN")}
+    again = extract(*through("data")[:-1], "model", "run", **constants)
+    torch.manual_seed(0)
     exec(code[1], vars(again))  # noqa: S102
-    weights = short.snapshots[2].state_dict()
-    assert all(torch.equal(w, weights[k]) for k, w in again.model.state_dict().items())
+    torch.manual_seed(0)
+    tiny.CVAE(tiny.LATENT, tiny.HIDDEN)
+    z, y = tiny.center + tiny.scale * torch.randn(4, 1), torch.eye(10)[[2, 0, 2, 3]]
+    (image,) = plt.gcf().axes[0].images
+    found = np.ravel(image.get_array().data[2:30, 32:60])
+    assert found == pytest.approx(tiny.decoder(z, y)[1].detach().numpy(), abs=1e-5)
     plt.close()
 
 
@@ -89,121 +95,94 @@ def test_stopped_training_draws_its_epochs_and_goes_no_further(short, monkeypatc
     monkeypatch.setattr(short, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(short, "training-run")
-    run(short, *FIGURES, "likelihood")
+    run(short, *FIGURES)
     assert len(short.run["test"]) == 1 and [*short.run["samples"]] == [1]
-    with pytest.raises(RuntimeError, match="run section 5 to its end"):
-        run(short, "classifier")
-    monkeypatch.setattr(short, "train", lambda model, kl: iter(()))
-    run(short, "training-run")  # stopped before the first epoch ended
-    with pytest.raises(RuntimeError, match="run.pt is missing or damaged: run section"):
-        run(short, "run")
+    with pytest.raises(RuntimeError, match="epoch 2: not trained"):
+        run(short, "classifier", "frechet", "judge", "measure", "printing", "claims")
+    short.LEARNING_RATE = 0.002
+    with pytest.raises(RuntimeError, match="epoch 1: not trained with these constants"):
+        short.measure("as specified", 1, "prior", short.noise)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("EPOCHS", 1), ("BATCH_SIZE", 7), ("LEARNING_RATE", 0.01), ("SEED", 5)]
-    + [("LATENT", 3), ("HIDDEN", 20), ("SNAPSHOTS", range(1, 9))],
-)
-def test_a_changed_constant_counts_when_training_runs_again(short, name, value):
-    before, snapshots = short.run, [1] if name == "EPOCHS" else [1, 2]
-    setattr(short, name, value)
-    run(short, "training-run", *FIGURES)
-    assert [*short.snapshots] == snapshots
-    same = torch.equal(before["losses"][0], short.run["losses"][0])
-    assert same == (name in ("EPOCHS", "SNAPSHOTS"))
+def test_a_mistyped_constant_leaves_the_last_training(short, monkeypatch):
+    before = contents(short.FIGURES_DIR)
+    for name, value in [("EPOCHS", 2.0), ("BATCH_SIZE", 0), ("LEARNING_RATE", "0.001"),
+                        ("SNAPSHOTS", 2), ("SNAPSHOTS", ["x"])]:  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(short, name, value)
+            with pytest.raises((TypeError, ValueError, RuntimeError)):
+                run(short, "training-run")
+        assert contents(short.FIGURES_DIR) == before
+    short.EPOCHS, short.SNAPSHOTS = 4, torch.tensor([3])
+    run(short, "training-run")
+    assert short.snapshots == [1, 3, 4]
 
 
-def test_a_damaged_or_unwritable_run_is_named(short):
-    file = short.FIGURES_DIR / "run.pt"
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(RuntimeError, match=f"{file} is missing or damaged"):
-        run(short, "run")
-    run(short, "training-run", "run")  # training needs no saved file
-
+def test_a_damaged_or_unwritable_file_is_named(short, monkeypatch, tmp_path):
     def full(path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    file = short.FIGURES_DIR / "run.pt"
+    file.write_bytes(file.read_bytes()[:5000])
     before = contents(short.FIGURES_DIR)
-    with pytest.raises(OSError, match=f"{file} cannot be written.*No space left"):
-        short.save("run.pt", full)
+    with pytest.raises(RuntimeError, match=f"{file} is missing or damaged"):
+        run(short, "run")
+    for name, write in ("run.pt", full), ("no.png", full), ("run.pt/a", open):
+        with pytest.raises(OSError, match=f"{name} cannot be written"):
+            short.save(name, write)
     assert contents(short.FIGURES_DIR) == before
-
-
-def test_the_home_folder_may_be_written_as_a_tilde(short, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    short.FIGURES_DIR = "~/figures"
-    short.save("a.txt", lambda path: path.write_text("a"))
-    assert (tmp_path / "figures" / "a.txt").read_text() == "a"
+    short.FIGURES_DIR = "~/new/figures"
+    assert short.save("a.txt", lambda path: path.write_text("a")).read_text() == "a"
+    assert (tmp_path / "new" / "figures" / "a.txt").exists()
 
 
-@pytest.fixture(scope="module")
-def committed():
-    """The committed numbers: those of the run, and of each of five seeds."""
+def test_a_number_to_draw_may_be_any_digits(tiny):
+    def draw(number):
+        exec(CODE["play"].replace('"2023"', repr(number)), vars(tiny))  # noqa: S102
 
-    def rows(name):
-        with open(ROOT / "figures" / name, encoding="utf-8", newline="") as file:
-            return [*csv.DictReader(file)]
-
-    return SimpleNamespace(run=rows("results.csv"), seeds=rows("seeds.csv"))
-
-
-def shares(rows, model, epoch, z_from="prior"):
-    """What is recognized, %, in the rows of this name: one, or one for each seed."""
-    key = model, str(epoch), z_from
-    return [
-        float(row["recognized"])
-        for row in rows
-        if (row["model"], row["epoch"], row["z_from"]) == key
-    ]
+    for number in 2023, "7", "0012345678987":
+        draw(number)
+        assert tiny.asked.tolist() == [*map(int, str(number))]
+    for number in "", "a7", -1:
+        with pytest.raises(ValueError, match="not made of digits"):
+            draw(number)
 
 
-HEADLINES = [  # those of the opening, in its order
-    ("as specified", 1),
-    ("as specified", 11),
-    ("as specified", 11, "moved and scaled"),
-]
+def test_a_notebook_that_cannot_be_saved_is_not_run(monkeypatch):
+    def read_only(*_):
+        raise PermissionError(13, "Permission denied")
 
-
-def test_the_opening_quotes_the_committed_run(committed):
-    quoted = re.findall(r"(\d+) %", "".join(CELLS[0]["source"]))
-    found = [shares(committed.run, *key)[0] for key in HEADLINES]
-    assert all(abs(a - float(b)) < 3 for a, b in zip(found, quoted, strict=True))
-
-
-@pytest.mark.parametrize("epoch", ["01", "11"])
-def test_the_opening_shows_the_committed_figures(epoch):
-    name = f"samples_epoch_{epoch}.png"
-    shown = base64.b64decode(CELLS[0]["attachments"][name]["image/png"])
-    shown, figure = plt.imread(io.BytesIO(shown)), plt.imread(ROOT / "figures" / name)
-    assert shown.shape == figure.shape and abs(shown - figure).mean() < 0.05
-
-
-def test_the_readme_quotes_the_five_seeds(committed):
-    keys = [*HEADLINES, ("KL weight 3", 11), ("KL arguments swapped", 11)]
-    lines = []
-    for key in keys:
-        found = shares(committed.seeds, *key)
-        assert len(found) == 5
-        lines.append(f"{np.mean(found):.1f} ± {np.std(found, ddof=1):.1f} %")
-    quoted = re.findall(r"[\d.]+ ± [\d.]+ %", (ROOT / "README.md").read_text("utf-8"))
-    assert quoted == lines
-
-
-def test_a_seed_is_what_the_notebook_finds(committed):
-    """The rows of seed 0 are those of the run, but for another machine's rounding."""
-    assert len(committed.seeds) == 5 * len(committed.run)
-    for row, of_seed in zip(committed.run, committed.seeds):
-        assert of_seed.pop("seed") == "0" and [*row] == [*of_seed]
-        assert [*row.values()][:3] == [*of_seed.values()][:3]
-        assert abs(float(row["recognized"]) - float(of_seed["recognized"])) < 8
-    assert len({*shares(committed.seeds, "as specified", 11)}) == 5
-
-
-def test_the_committed_notebook_is_clean():
-    assert not {o["output_type"] for o in OUTPUTS} - {"stream", "display_data"}
-    assert not [o for o in OUTPUTS if o.get("name") == "stderr"]
-    pictures = [o["data"] for o in OUTPUTS if "data" in o]
-    assert len(pictures) == 10 and all(
-        'alt="' in "".join(p["text/html"]) for p in pictures
+    code = (ROOT / ".nbconvert.py").read_text("utf-8")
+    monkeypatch.setattr(
+        "sys.argv", ["nbconvert", "--inplace", str(ROOT / "cvae_mnist.ipynb")]
     )
+    exec(code, {"get_config": MagicMock()})  # noqa: S102
+    with pytest.raises(SystemExit, match="Permission denied"):
+        exec(code, {"get_config": MagicMock(), "open": read_only})  # noqa: S102
+
+
+def test_the_seeds_are_run_and_kept_one_by_one(mnist, tmp_path, monkeypatch, capsys):
+    constants = {"EPOCHS": 1, "LATENT": 2, "HIDDEN": 8, "DATA_DIR": mnist.root}
+    monkeypatch.setattr(seeds, "SEEDS", (3,))
+    path, quick = tmp_path / "seeds.csv", {"judge": quick_judge, "show": quick_show}
+    assert seeds.main(tmp_path, **constants, **quick) == 0
+    ((seed, rows),) = read_results(path).items()
+    folder = {"FIGURES_DIR": tmp_path, "display": repr}
+    nb = extract(*through("training-run"), **constants, **folder, SEED=int(seed))
+    loss = nb.terms["as specified", 1].sum().item()
+    assert rows["as specified", 1, "prior"]["loss"] == pytest.approx(loss, rel=1e-5)
+    capsys.readouterr()
+    run(nb, "seeds")
+    assert (
+        capsys.readouterr().out.strip() == (tmp_path / "seeds.txt").read_text().strip()
+    )
+    header, *lines = path.read_text().splitlines()
+    seeds.write(path, 0, [header.removeprefix("seed,"), "kept"])
+    assert path.read_text().splitlines() == [header, "0,kept", *lines]
+    seeds.write(path, 3, [header.removeprefix("seed,"), "again"])
+    assert path.read_text().splitlines() == [header, "0,kept", "3,again"]
+    assert "TypeError" in seeds.run(5, **constants | {"EPOCHS": "2"})[1]
+    with pytest.raises(OSError):
+        seeds.main(tmp_path / "missing", EPOCHS="2")
