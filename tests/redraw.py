@@ -5,5 +5,4 @@ import os
 from extract import ROOT, SETUP, extract
 
 os.chdir(ROOT)  # as a notebook runs in its own folder
-cells = *SETUP, "run", "losses-figure", "samples-figure"
-extract(*cells, display=lambda image: print(image.filename))
+extract(*SETUP, "run", "losses-figure", "samples-figure")

@@ -149,7 +149,7 @@ QUOTES = {  # numbers with a unit or decimals in prose: constants, or keys of re
     "loss-text": [17.8, 2],  # 784 log 2 nats
     "training-after": [(AS, 11, "prior", "loss")],
     "claims-text": [2.30, 90, 50, 5],
-    "interpretations-after": [*VARIETIES, 0.18, 19.6, 5, 80],
+    "interpretations-after": [*VARIETIES, 0.18, 0.09, 19.6, 91, 80],
     "where-after": [0.5, 99],
     "mechanism": RANGES[AS, 11][1:] + [RANGES[name, 11][1] for name in READINGS],
     "moved-table-after": [(AS, 11, z) for z in ("the informative clipped", FITS[0])],
