@@ -158,6 +158,7 @@ QUOTES = {  # numbers with a unit or decimals in prose: constants, or keys of re
     "why-answer": [45, (FREE, 1, "prior"), (FREE, 11, "prior")],
     "conclusion-text": [
         *[(name, 11, "normal per digit") for name in (AS, FREE)],
+        *[(AS, 11, "moved and scaled"), (FREE, 11, "prior")],
         *[(name, 11, "prior", "loss") for name in (AS, FREE)],
         *[*VARIETIES, (AS, 11, "normal per digit", "variety")],
     ],
