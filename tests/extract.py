@@ -14,7 +14,7 @@ if not all("id" in cell for cell in CELLS):
         "The notebook's cells lost their ids: git checkout cvae_mnist.ipynb"
     )
 CODE = {c["id"]: "".join(c["source"]) for c in CELLS if c["cell_type"] == "code"}
-SETUP = "imports", "constants", "drawing", "saving", "showing"  # the cells of Setup
+SETUP = [*CODE][: [*CODE].index("data")]  # the cells of Setup
 
 
 def extract(*names, **others):

@@ -260,6 +260,8 @@ def test_the_classifier_learns_from_training_images_alone(nb):
     again = ModuleType("again")
     vars(again).update(vars(nb), x_test=None, y_test=None, digits_test=None)
     run(again, "classifier")
+    steps = again.optimizer.state_dict()["state"][0]["step"]
+    assert steps == 4 * math.ceil(600 / 256)
     for one, other in zip(again.classifier.parameters(), nb.classifier.parameters()):
         assert torch.equal(one, other)
 
@@ -448,5 +450,6 @@ def test_importance_sampling_against_the_integral(nb):
     bce = F.binary_cross_entropy(image, x.repeat(401, 1), reduction="none").sum(dim=1)
     log_p = Normal(0.0, 1.0).log_prob(grid[..., 0]) - bce.view(401, 50)
     exact = log_p.logsumexp(dim=0) + math.log(16 / 400)
+    assert nb.log_likelihood.__wrapped__.__defaults__ == (50,)  # as the appendix says
     gap = {k: (exact - nb.log_likelihood(model, x, y, k)).mean() for k in (1, 1000)}
     assert abs(gap[1000]) < 0.15 and gap[1] > 0.4
