@@ -102,6 +102,9 @@ S3.2 S4.1 | 256 values, 0 to 1 & as of a log variance | .round() | .abs()
 | self.std(h).sigmoid() | torch.exp(self.std(h) / 2)
 S3.2 S4.1 | in 170 of 187 steps & no activation | model(x[batch]
 | model(x[batch] * (1 if epoch == 1 else 0.9) | self.mean(h).sigmoid() | self.mean(h)
+S3.2 S5.3 | are not the rounded & no zero_grad | (mnist.data / 255).round()
+| (mnist.data > 0).float() |     for batch in |     adam.zero_grad()\n    for batch in
+|         adam.zero_grad()\n |
 S4.1 S4.2 | Linear(794, 512) & Linear(512, 784) | 256 | 512
 S4.1 S5.3 | without biases & SGD | nn.Linear(794, 256) | nn.Linear(794, 256, bias=False)
 | optim.Adam( | optim.SGD(
@@ -139,6 +142,8 @@ CVAE(), [] | CVAE().to("cuda"), [] | x[batch], m | x[batch].cuda(), m | images.p
 | 255 - 255 * images.permute | plt.plot(l | plt.scatter(range(187), l | plt.imshow(
 | plt.pcolormesh(
 mean + std * torch.randn_like(std) | torch.distributions.Normal(mean, std).rsample()
+| y = F.one_hot(torch
+| [model(x[:500], x[:500, :10]) for _ in range(9)]\n    y = F.one_hot(torch
 | mnist = | %memit 1\n%unknown 1\n%time mnist =
 | import matplotlib | %%capture\nimport matplotlib
 | plt.plot(losses) | plt.plot(losses[::10])

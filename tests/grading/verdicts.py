@@ -5,6 +5,7 @@ raises CannotTell. It reads the notes of the run only, never the submission's ob
 """
 
 import ast
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -35,6 +36,7 @@ FILES = "FileNotFoundError OSError IsADirectoryError NotADirectoryError Permissi
 FILES += (
     " URLError HTTPError ConnectionError gaierror CalledProcessError TimeoutExpired"
 )
+UNSURE = "the images are changed, and which ones the batches hold is not sure"
 LONG = "OutOfTime", "MemoryError", "OutOfMemoryError"
 
 
@@ -219,8 +221,8 @@ class Judge:
 
     @cached_property
     def repeated(self):
-        known = [step for step in self.steps if step.index is not None]
-        return any(len({*step.index.tolist()}) < step.rows for step in known)
+        known = [s.index[s.sure].tolist() for s in self.steps if s.index is not None]
+        return any(len({*batch}) < len(batch) for batch in known)
 
     @cached_property
     def epochs(self):
@@ -229,17 +231,22 @@ class Judge:
         An epoch ends where an image would be seen again; where batches are drawn with
         replacement, with the number of images.
         """
-        found, seen, total, first = [], set(), 0, 0
+        found, seen, total, begun, first = [], set(), 0, 0, 0
         for t, step in enumerate(self.steps):
             if step.index is None:
                 self.check_sizes()
                 raise CannotTell("which images the batches hold is not known")
-            batch, whole = {*step.index.tolist()}, total // self.size
+            batch, whole = {*step.index[step.sure].tolist()}, total // self.size
+            if len(batch) < step.rows / 4 and not self.repeated:
+                raise CannotTell(UNSURE)
             if whole > len(found) if self.repeated else seen & batch:
-                found.append((first, t - 1, len(seen)))
-                seen, first = set(), t
+                found.append((first, t - 1, total - begun))
+                seen, begun, first = set(), total, t
             seen, total = seen | batch, total + step.rows
-        return [*found, (first, t, len(seen))]
+        odd = self.repeated or {size for *_, size in found} - {self.size}
+        if odd and not all(step.exact for step in self.steps):
+            raise CannotTell(UNSURE)
+        return [*found, (first, t, total - begun)]
 
     def epochs_done(self):
         *before, (_, _, size) = self.epochs
@@ -248,8 +255,12 @@ class Judge:
 
     @cached_property
     def sized(self):
-        """Whether sizes of the real data are written in, or numbers that need them."""
-        return self.few and sizes_in(self.run.sources)
+        """Whether sizes of the real data are written in, or numbers that need them.
+
+        What stands after the training does not matter to it.
+        """
+        last = self.steps[-1].cell if self.steps else None
+        return self.few and sizes_in(self.run.sources[:last])
 
     def check_sizes(self):
         if self.sized:
@@ -280,7 +291,7 @@ class Judge:
             f"batches of {rows}",
             f"{len(self.steps)} steps",
         ]
-        if all(step.index is not None for step in self.steps):
+        with contextlib.suppress(CannotTell):
             said += [f"{self.epochs_done():.3g} epochs"]
         if self.models > 1:
             said += [f"the longest trained with a class, of {self.models} models"]
@@ -315,11 +326,13 @@ class Judge:
         if self.stop and len(self.epochs) == 1:
             raise CannotTell(f"not one epoch was finished: stopped in {self.stop}")
         self.check_sizes()
-        tested = any((step.index >= self.size).any() for step in self.steps)
+        tested = [s for s in self.steps if (s.index[s.sure] >= self.size).any()]
+        if tested and not all(step.exact for step in tested):
+            raise CannotTell(UNSURE)
         yield not tested or "images of the test set are trained on"
         yield not self.repeated or "a batch holds an image more than once"
         said = f"an epoch has {' or '.join(map(str, sorted(sizes)))} of the {self.size}"
-        whole = self.repeated or tested or sizes == {self.size}
+        whole = self.repeated or bool(tested) or sizes == {self.size}
         yield whole or f"{said} images, expected all"
 
     def S2_1(self):
@@ -529,9 +542,10 @@ class Judge:
         few = len(self.steps) - 1 if self.error else len(self.steps) / 20
         idle = sorted(name for name, steps in idle.items() if steps > few)
         yield not idle or f"without a gradient at the step: {', '.join(idle)}"
-        stale = [max((c.stale or 0 for c in d.calls), default=0) for d in self.details]
-        added = not idle and len(stale) > 1 and min(stale[1:]) > 0.01 > stale[0]
-        yield not added or "gradients of earlier batches are added: no zero_grad"
+        stale = [all(c.stale for c in d.calls) for d in self.details if d.step]
+        added = not idle and sum(stale) > len(stale) / 2
+        said = "gradients of earlier batches are added: no zero_grad before most steps"
+        yield not added or said
 
     def S6_1(self):
         """A line of the loss over the iterations: of each, or of some of each epoch."""
@@ -565,8 +579,8 @@ class Judge:
 
     @cached_property
     def samples(self):
-        """What the decoder was fed apart from training: step, digits (None: not known)
-        and z, where a picture followed."""
+        """What the decoder was fed apart from training, where a picture followed: step,
+        digits (None: not known), z (None: not kept), whether without the encoder."""
         at, marks, found = self.latents[0], {}, []
         for t, step in enumerate(self.steps):
             marks[tuple(step.mark)] = t
@@ -577,36 +591,46 @@ class Judge:
             t = marks.get(tuple(each.mark))
             if before and self.steps[before[-1]].mark == each.mark:
                 t = before[-1]
-            if t is not None and given:
+            if t is not None and not each.given:
+                found.append(Note(step=t, digits=None, z=None, plain=each.plain))
+            elif t is not None and given:
                 z = given[-1][:, at.start : at.start + at.size]
                 rest = given[-1][:, : at.start], given[-1][:, at.start + at.size :]
                 rest = torch.cat(rest, dim=1)
                 known = rest.shape[1] == 10 and (rest.amax(1) == rest.sum(1)).all()
-                found.append((t, rest.argmax(1).tolist() if known else None, z))
+                digits = rest.argmax(1).tolist() if known else None
+                found.append(Note(step=t, digits=digits, z=z, plain=each.plain))
         return found
 
     def S6_2(self):
         """After epochs 1, 6 and 11 the decoder is fed ten standard normal z for each
         digit, and a picture follows."""
         ends = {n: last for n, (_, last, _) in enumerate(self.epochs, start=1)}
-        names, groups = {t: f"epoch {n}" for n, t in ends.items()}, {}
-        for t, digits, z in self.samples:
-            groups.setdefault(t, []).append((digits, z))
+        names = {t: f"epoch {n}" for n, t in ends.items()}
         drawn = any(p.images for p in self.pictures)
-        if not groups:
+        # Where images are encoded, what is decoded shows these, if there are others.
+        told = any(each.plain for each in self.samples)
+        judged = [each for each in self.samples if each.plain or not told]
+        if not judged:
             self.check_missing()
             self.check_stop()
             if drawn and self.decoded:
                 raise CannotTell("what the pictures show does not come from this model")
-        at = ", ".join(names.get(t, f"step {t + 1}") for t in sorted(groups)) or "none"
+        at = sorted({each.step for each in judged})
+        at = ", ".join(names.get(t, f"step {t + 1}") for t in at) or "none"
         for epoch in 1, 6, 11:
             if epoch not in ends:
                 self.check_stop()
                 raise CannotTell(f"there is no epoch {epoch} (see S5.3)")
-            own = groups.get(ends[epoch], [])
-            if own and any(digits is None for digits, _ in own):
+            every = [each for each in self.samples if each.step == ends[epoch]]
+            own = [each for each in every if each.plain or not told]
+            fault = "" if enough(every) else f"no samples (they are after: {at})"
+            if fault and any(each.z is None for each in own or every):
+                raise CannotTell("the decoder is used too often to look at all it does")
+            if fault and any(each.digits is None for each in own):
                 raise CannotTell("which digits the samples are: no one-hot class by z")
-            fault = wanting(own) if own else f"no samples (they are after: {at})"
+            if fault and own:
+                fault = wanting(own)
             if fault:
                 self.check_stop()
                 self.check_missing()
@@ -623,29 +647,45 @@ class Judge:
     S6_4 = S6_3
 
 
-def wanting(own):
-    """What samples lack: ten different standard normal z for each digit.
+def enough(own):
+    """Whether some of what the decoder is fed, in a row or of one size, are ten
+    different standard normal z for each digit: the rest may show something else."""
+    known = [each for each in own if each.digits]
+    rows = [known, [each for each in known if each.plain]]
+    sizes = {len(each.z) for each in known}
+    rows += [[each for each in known if len(each.z) == size] for size in sizes]
+    for row in rows:
+        for start in range(len(row)):
+            fewest, pairs = counted(row[start:])
+            if fewest[0] < 10:
+                break  # a later start has no more
+            if not unlike_normal(torch.tensor([*{v for _, v in pairs}])):
+                return True
+    return False
 
-    own: digits and z of each time that the decoder was fed.
-    """
-    sets = [[each] for each in own]
-    for size in {len(z) for _, z in own}:
-        sets.append([each for each in own if len(each[1]) == size])
-    best, odds = (-1, 0), []
-    for group in sets:
-        pairs = {(d, tuple(v)) for ds, z in group for d, v in zip(ds, z.tolist())}
-        counts = Counter(digit for digit, _ in pairs)
-        fewest = min((counts[digit], digit) for digit in range(10))
-        odd = unlike_normal(torch.tensor([*{v for _, v in pairs}]))
-        if odd and fewest[0] >= 10:
-            odds.append(odd)
-        elif not odd or len(pairs) < 100:
-            best = max(best, fewest)
-    if best[0] >= 10:
-        return ""
-    if odds:
-        return f"z is not standard normal ({odds[0]})"
-    return f"the decoder draws {max(0, best[0])} different samples of {best[1]}"
+
+def counted(own):
+    """The digit drawn least often, and digits and z, until there are ten of each."""
+    pairs, counts = set(), Counter()
+    for each in own:
+        new = {*zip(each.digits, map(tuple, each.z.tolist()))} - pairs
+        pairs |= new
+        counts.update(digit for digit, _ in new)
+        if min(counts[digit] for digit in range(10)) >= 10:
+            break
+    return min((counts[digit], digit) for digit in range(10)), pairs
+
+
+def wanting(own):
+    """What samples lack that are not ten different standard normal z for each digit."""
+    fewest, _ = counted(own)
+    if fewest[0] < 10:
+        return f"the decoder draws {fewest[0]} different samples of {fewest[1]}"
+    odds = [unlike_normal(each.z) for each in own]
+    if any(odds) and not all(odds):
+        raise CannotTell("which of what the decoder is fed are samples is not clear")
+    odd = unlike_normal(torch.cat([each.z for each in own]))
+    return f"z is not standard normal ({odd})" if odd else ""
 
 
 def needs_real_sizes(judge, sheet):

@@ -63,7 +63,7 @@ class Watcher(TorchFunctionMode):
         self.calls, self.edges = deque(maxlen=100), deque(maxlen=100)
         self.noise = deque(maxlen=16)
         self.products, self.sums = deque(maxlen=50), deque(maxlen=16)
-        self.scalars, self.decoded = [], []
+        self.scalars, self.decoded, self.encoded = [], [], False
         self.tails, self.latents, self.inputs, self.last = {}, [], (), None
         self.steps, self.optimizers, self.detailed = {}, {}, True
         self.cell, self.probing, self.inner, self.troubled = 0, False, 0, False
@@ -172,6 +172,7 @@ class Watcher(TorchFunctionMode):
         if name in ("matmul", "mm", "einsum") and not is_weight(weight):
             return  # of data alone, or of values computed in the forward pass
         call = SimpleNamespace(kind=name, weight=weight, then=[], touched=False)
+        call.stale = False  # whether its gradient is not zero before the backward pass
         call.given, call.value = flat(given).detach(), flat(out).detach()
         call.shape = call.given.shape[1], call.value.shape[1]
         call.size = (*weight.shape[:2],) if "conv" in name else call.shape
@@ -179,6 +180,7 @@ class Watcher(TorchFunctionMode):
         call.bias = name == "addmm" or len(tensors) > 2 and "conv" not in name
         call.bias |= "conv" in name and len(tensors) > 2
         before = self.steps.get(call.key)
+        self.encoded |= call.shape[0] >= 784
         if call.shape[0] >= 784 or not self.calls:
             self.detailed = before is None or looked_at(len(before))
         if out.requires_grad:
@@ -202,6 +204,8 @@ class Watcher(TorchFunctionMode):
     def add_gradient(self, call, gradient, name):
         if self.probing:
             return
+        if self.detailed and not call.touched and is_leaf(call.weight):
+            call.stale = not is_idle(call.weight)
         call.touched = True
         if self.detailed:
             before, gradient = getattr(call, name), flat(gradient).detach().clone()
@@ -209,13 +213,16 @@ class Watcher(TorchFunctionMode):
 
     def note_decoded(self, call):
         """Keep what a layer with 784 outputs was fed, until it is known whether it is
-        part of a step: of many rows some."""
-        room = 4000 - sum(len(each["given"][0]) for _, each in self.decoded)
+        part of a step: of many rows some. plain: no image was encoded for it."""
+        plain, self.encoded = not self.encoded, False
+        kept = [each["given"] for _, each in self.decoded if each["plain"] == plain]
+        room = 4000 - sum(len(given[0]) for given in kept if given)
         rows = [g for g in self.inputs if len(g) == len(call.given) and 1 < g.shape[1]]
         every = slice(None, None, 1 + len(call.given) // 500)
         given = [g[every].clone() for g in [*rows, call.given] if g.shape[1] < 300]
-        if given and room > 0:
-            values = {"given": given, "mark": mark(call.weight)}
+        if given and (room > 0 or kept[-1]):  # the first left out is noted
+            values = {"given": given if room > 0 else [], "mark": mark(call.weight)}
+            values["plain"] = plain
             self.decoded.append((call, self.new("decoded", **values)))
 
     def find_latent(self, first):
@@ -297,34 +304,31 @@ class Watcher(TorchFunctionMode):
             }
             for call in {call.key: call for call in calls}.values()
         ]
-        index, start, wrong = self.digits.find(given)
+        found = self.digits.find(given)
         self.end_step()
         self.last = self.new(
             "step",
             run=run,
             rows=len(given),
-            index=index,
-            start=start,
             scalars=torch.tensor([s.item() for s in self.scalars]).double(),
             optimizers=settings,
             layers=layers,
             mark=mark(out.weight),
-            wrong=wrong,
+            **found,
         )
         finite = all(c.grad is None or c.grad.isfinite().all() for c in calls)
         if self.detailed and finite and all(c.grad is not None for c in calls):
-            self.note_detail(run, len(before) - 1, calls, entries[0], index, start)
+            self.note_detail(run, len(before) - 1, calls, entries[0], found)
         before.append(None)
         if len(self.buffer) > 200:
             self.flush()
 
-    def note_detail(self, run, step, calls, entry, index, start):
+    def note_detail(self, run, step, calls, entry, found):
         numbers = {id(call): n for n, call in enumerate(calls)}
         names = "kind", "shape", "key", "given", "value", "grad", "given_grad", "then"
         kept = [{name: getattr(call, name) for name in names} for call in calls]
         for each, call in zip(kept, calls):
-            each |= {"name": layer_name(call), "bias": call.bias}
-            each["stale"] = self.stale(call)
+            each |= {"name": layer_name(call), "bias": call.bias, "stale": call.stale}
             if call.value.numel() > 10**6:
                 each |= dict.fromkeys(("given", "value", "grad", "given_grad"))
         latents = [each for each in self.latents if id(each["first"]) in numbers]
@@ -342,22 +346,9 @@ class Watcher(TorchFunctionMode):
         )
         noise = [n for n in self.noise if n.dim() == 2]
         values = {"calls": kept, "latent": latent, "noise": noise}
-        values |= {"entry": numbers[id(entry)], "index": index, "start": start}
+        values |= {"entry": numbers[id(entry)]} | found
         self.write("detail", run=run, step=step, **values)
         self.flush()
-
-    def stale(self, call):
-        """How far the gradient at the step is from this backward pass's, as a share."""
-        weight = base_of(call.weight)
-        if "conv" in call.kind or weight.grad is None or call.grad is None:
-            return None
-        expected = call.grad.T @ call.given
-        for fresh in expected, expected.T:
-            if fresh.shape == weight.grad.shape:
-                scale = (fresh * weight.grad).sum() / (fresh**2).sum().clamp(min=1e-30)
-                off = (weight.grad - scale * fresh).norm()
-                return (off / weight.grad.norm().clamp(min=1e-30)).item()
-        return None
 
     # Pictures
 
@@ -388,8 +379,8 @@ class Watcher(TorchFunctionMode):
     def end_of_cell(self, *_):
         wide = [call for call in self.calls if call.shape[0] >= 784]
         if not self.steps and wide and self.latents:  # a forward pass shows something
-            index, start, _ = self.digits.find(wide[0].given)
-            self.note_detail(0, -1, [*self.calls], wide[0], index, start)
+            found = self.digits.find(wide[0].given)
+            self.note_detail(0, -1, [*self.calls], wide[0], found)
         self.end_step()
         self.flush()
 
@@ -403,37 +394,58 @@ class Digits:
         self.gray = torch.from_numpy(images).view(-1, 784)
         numbers = torch.Generator().manual_seed(0)
         self.weights = torch.randint(2**40, (784,), generator=numbers).double()
-        parts = [(g > 127).double() @ self.weights for g in self.gray.split(5000)]
-        self.keys, self.order = torch.cat(parts).sort()
+        self.tables = [self.table(127)]
         self.few = len(self.gray) < 5000
         self.profiles = unit(self.gray).T if self.few else None
 
+    def table(self, cut):
+        """Keys of the images, where those above the cut are light, and their order."""
+        parts = [(g > cut).double() @ self.weights for g in self.gray.split(5000)]
+        return torch.cat(parts).sort()
+
     def find(self, given):
         """Their indices (None: not known), where they start in what a layer is given,
-        and how they differ from the rounded images."""
+        how they differ from the rounded images; of which rows the index is sure, and
+        whether that is so by each pixel, not by likeness."""
         for start in dict.fromkeys((0, given.shape[1] - 784)):
             images = given[:, start : start + 784]
             if start < 0 or images.shape[1] < 784:
                 break
-            index = self.look_up(images)
-            if index is not None:
-                rounded = (self.gray[index] > 127).to(images)
+            found = self.look_up(images)
+            if found:
+                rounded = (self.gray[found["index"]] > 127).to(images)
                 wrong = (images != rounded).double().mean().item()
-                return index, start, wrong
-        return None, 0, None
+                return found | {"start": start, "wrong": wrong}
+        return dict.fromkeys(("index", "wrong", "sure", "exact")) | {"start": 0}
 
     def look_up(self, images):
         middle = (images.min() + images.max()) / 2
         for light in images > middle, images < middle:
-            keys = light.double() @ self.weights
-            at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-            if (self.keys[at] == keys).all():
-                return self.order[at]
-        if self.few:
-            likeness = unit(images) @ self.profiles
-            if likeness.max(dim=1).values.median() > 0.75:
-                return likeness.argmax(dim=1)
-        return None
+            index, same, _ = self.match(light, *self.tables[0])
+            if same.all():
+                return {"index": index, "sure": same, "exact": True}
+        if not self.few:
+            return None
+        likeness, indices = (unit(images) @ self.profiles).topk(2)
+        (best, second), index = likeness.T, indices[:, 0]
+        if best.median() <= 0.75:
+            return None
+        light = images > middle
+        if len(self.tables) == 1:  # the cut may be another one; it is sought once
+            tables = map(self.table, range(255))
+            self.tables += [max(tables, key=lambda t: self.match(light, *t)[1].sum())]
+        at, same, alone = self.match(light, *self.tables[1])
+        if same.double().mean() > 0.9:
+            index = torch.where(same, at, index)
+            return {"index": index, "sure": same & alone, "exact": True}
+        return {"index": index, "sure": best - second > 0.1, "exact": False}
+
+    def match(self, light, known, order):
+        """Indices by keys, whether these are the same, and no other image's."""
+        keys = light.double() @ self.weights
+        at = torch.searchsorted(known, keys).clamp(max=len(known) - 1)
+        after = known[(at + 1).clamp(max=len(known) - 1)]
+        return order[at], known[at] == keys, after != keys
 
 
 def on_cpu(value):
