@@ -12,7 +12,7 @@ from extract import extract
 @pytest.fixture(scope="module")
 def nb(mnist, tmp_path_factory):
     folders = {"DATA_DIR": mnist.root, "FIGURES_DIR": tmp_path_factory.mktemp("f")}
-    return extract(*through("training"), **folders, display=repr)
+    return extract(*through("training"), **folders)
 
 
 @pytest.fixture

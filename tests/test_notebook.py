@@ -53,7 +53,7 @@ def nb(mnist, tmp_path_factory):
         patch.setattr(Figure, "savefig", savefig)
         for cell in CODE:
             with redirect_stdout(io.StringIO()) as out:
-                run(nb, cell, **constants, display=repr)
+                run(nb, cell, **constants)
             seen.printed[cell] = out.getvalue()
             for name in [name for name in hooks if hasattr(nb, name)]:
                 each, then = hooks.pop(name), getattr(nb, name)

@@ -30,7 +30,7 @@ def quick_show(name, alt):
 def short(mnist, tmp_path):
     """Sections 1 to 5 with two epochs, in a folder of their own."""
     folders = {"DATA_DIR": mnist.root, "FIGURES_DIR": tmp_path / "figures"}
-    return extract(*through("training-run"), **folders, EPOCHS=2, display=repr)
+    return extract(*through("training-run"), **folders, EPOCHS=2)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tiny(mnist, tmp_path_factory):
     constants = {"EPOCHS": 1, "SNAPSHOTS": [], "LATENT": 1, "HIDDEN": 20, "SEED": 4}
     constants |= {"DATA_DIR": mnist.root, "BATCH_SIZE": 1000, "judge": quick_judge}
     folder = tmp_path_factory.mktemp("tiny") / "new"
-    return extract(**constants, FIGURES_DIR=folder, display=repr)
+    return extract(**constants, FIGURES_DIR=folder)
 
 
 def contents(folder):
@@ -169,7 +169,7 @@ def test_the_seeds_are_run_and_kept_one_by_one(mnist, tmp_path, monkeypatch, cap
     path, quick = tmp_path / "seeds.csv", {"judge": quick_judge, "show": quick_show}
     assert seeds.main(tmp_path, **constants, **quick) == 0
     ((seed, rows),) = read_results(path).items()
-    folder = {"FIGURES_DIR": tmp_path, "display": repr}
+    folder = {"FIGURES_DIR": tmp_path}
     nb = extract(*through("training-run"), **constants, **folder, SEED=int(seed))
     loss = nb.terms["as specified", 1].sum().item()
     assert rows["as specified", 1, "prior"]["loss"] == pytest.approx(loss, rel=1e-5)
